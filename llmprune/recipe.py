@@ -252,7 +252,9 @@ class Recipe(_Part):
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such recipe file") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: a recipe must be a readable text file, got: {error}") from error
+            raise InputError(
+                f"{path}: a recipe must be a readable text file, got: {error}"
+            ) from error
         except yaml.YAMLError as error:
             where = " ".join(str(error).split())
             raise InputError(f"{path}: a recipe must be YAML, got: {where}") from error

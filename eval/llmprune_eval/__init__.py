@@ -1,0 +1,1 @@
+"""Measuring a pruned model against its dense model: quality, speed, memory, and the report."""

@@ -1,0 +1,158 @@
+"""evaluate(dense, pruned): quality, speed and memory side by side, as a recipe asks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.architectures import architecture_of
+from llmprune.checkpoint import folder_bytes, save_pruned
+from llmprune.recipe import Evaluation, ModelSource, PerplexityTask, Recipe, SpeedTask
+from llmprune.sources import corpus_of, fetch, read_texts, text_name
+from llmprune_eval.peak_memory import PeakMemory, measure_peak_memory
+from llmprune_eval.perplexity import Perplexity, encode, measure_perplexity
+from llmprune_eval.report import EvalReport, ModelSize, TextResult, environment
+from llmprune_eval.speed import SpeedReport, measure_speed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# task, done, of how many
+OnProgress = Callable[[str, int, int], None]
+
+
+def evaluate(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    recipe: Recipe,
+    folder: Path,
+    on_progress: OnProgress,
+) -> EvalReport:
+    """Measure what `recipe.evaluation` names on both models.
+
+    Args:
+        dense: The model before pruning, on the device to measure on.
+        pruned: The model after, on the same device.
+        tokenizer: Of both.
+        recipe: Its `evaluation`, `calibration` and `model` are used.
+        folder: Where the pruned model is saved.
+        on_progress: Called with a task's name as it proceeds.
+    """
+    texts = tuple(
+        measure_text(task, dense, pruned, tokenizer, recipe=recipe, on_progress=on_progress)
+        for task in recipe.evaluation.perplexity
+    )
+    task = recipe.evaluation.speed
+    speed = None if task is None else compare_speed(task, dense, pruned, on_progress)
+    memory: dict[str, PeakMemory | None] = {"dense": None, "pruned": None}
+    if task is not None:
+        memory = {**memory, **compare_memory(recipe, dense, folder, task, on_progress)}
+    return EvalReport(
+        environment=environment(dense.device, pruned.dtype),
+        dense=_size(dense, None, memory["dense"]),
+        pruned=_size(pruned, folder, memory["pruned"]),
+        perplexities=texts,
+        speed=speed,
+    )
+
+
+def measure_text(
+    task: PerplexityTask,
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    recipe: Recipe,
+    on_progress: OnProgress,
+) -> TextResult:
+    """Perplexity of both models on one text, marked where calibration used the same corpus."""
+    token_ids = encode(read_texts(task), tokenizer)
+    found: dict[str, Perplexity] = {}
+    for name, model in (("dense", dense), ("pruned", pruned)):
+        label = f"perplexity of the {name} model"
+        found[name] = measure_perplexity(
+            model,
+            token_ids,
+            window=task.window,
+            max_windows=task.max_windows,
+            on_window=lambda done, total, label=label: on_progress(label, done, total),
+        )
+    return TextResult(
+        name=text_name(task),
+        in_domain=corpus_of(task) == corpus_of(recipe.calibration),
+        dense=found["dense"],
+        pruned=found["pruned"],
+    )
+
+
+def compare_speed(
+    task: SpeedTask, dense: PreTrainedModel, pruned: PreTrainedModel, on_progress: OnProgress
+) -> SpeedReport:
+    """Prefill and decode latency, both models in turn in one process."""
+    return measure_speed(
+        {"dense": dense, "pruned": pruned},
+        batch_size=task.batch_size,
+        context=task.context,
+        new_tokens=task.new_tokens,
+        rounds=task.rounds,
+        on_round=lambda done, total: on_progress("latency", done, total),
+    )
+
+
+def compare_memory(
+    recipe: Recipe,
+    dense: PreTrainedModel,
+    folder: Path,
+    task: SpeedTask,
+    on_progress: OnProgress,
+) -> dict[str, PeakMemory]:
+    """Peak memory of loading and running each model, in the form that it is stored in."""
+    sizes: dict[str, Any] = {
+        "batch_size": task.batch_size,
+        "context": task.context,
+        "new_tokens": task.new_tokens,
+        "device": str(dense.device),
+    }
+    on_progress("peak memory", 0, 2)
+    with tempfile.TemporaryDirectory(prefix="llmprune-") as scratch:
+        stored = _stored_dense(recipe.model, dense, Path(scratch))
+        dense_memory = measure_peak_memory(stored, **sizes)
+    on_progress("peak memory", 1, 2)
+    pruned_memory = measure_peak_memory(folder, **sizes)
+    on_progress("peak memory", 2, 2)
+    return {"dense": dense_memory, "pruned": pruned_memory}
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation
+) -> str:
+    """The greedy continuation of `evaluation.prompt`, prompt included, 24 new tokens at most."""
+    tokenized = tokenizer(evaluation.prompt, return_tensors="pt").to(model.device)
+    output = model.generate(
+        **tokenized, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0
+    )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _stored_dense(source: ModelSource, dense: PreTrainedModel, scratch: Path) -> Path:
+    """The dense model's folder; a GGUF file is written out, so that unpacking doesn't count."""
+    resolved = fetch(source)
+    if resolved.gguf_file is None:
+        return resolved.folder
+    save_pruned(dense, None, scratch / "dense")
+    return scratch / "dense"
+
+
+def _size(model: PreTrainedModel, folder: Path | None, memory: PeakMemory | None) -> ModelSize:
+    prefix = f"{architecture_of(model.config.model_type).layers}."
+    counts = [(name, p.numel()) for name, p in model.named_parameters()]
+    return ModelSize(
+        parameters=sum(count for _, count in counts),
+        decoder_parameters=sum(count for name, count in counts if name.startswith(prefix)),
+        disk_bytes=None if folder is None else folder_bytes(folder),
+        peak_memory=memory,
+    )

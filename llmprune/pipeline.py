@@ -1,0 +1,256 @@
+"""THE MAIN PATH: recipe in, smaller model out; eight steps, a file saved after each.
+
+Read this file first: every function called here is one step, in the module of its name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from llmprune.baselines import activation_scores, collect_statistics
+from llmprune.calibration import CalibrationSet
+from llmprune.card import run_card
+from llmprune.checkpoint import cast_parameters, load_pruned, load_weights, save_pruned
+from llmprune.files import save_tensors, save_text
+from llmprune.gates import attach_gates
+from llmprune.plan import PrunePlan
+from llmprune.recipe import Recipe
+from llmprune.run_folder import RunFolder, identity_of
+from llmprune.selection import Pool, UnitScores, choose, find_targets, pools, target_widths
+from llmprune.sources import LoadedModel, corpus_of, load_dense, read_texts, text_name
+from llmprune.surgery import check_form, cut
+from llmprune.training import (
+    GateRun,
+    OnStep,
+    TrainedWeights,
+    recover,
+    start_accelerator,
+    teacher_of,
+    train_gates,
+)
+from llmprune.units import UnitMap, map_units
+from llmprune.verification import record_reference, reference_logits, verify
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from llmprune_eval.report import EvalReport
+
+Item = TypeVar("Item")
+# task, done, of how many
+OnProgress = Callable[[str, int, int], None]
+
+
+def silent(task: str, done: int, total: int) -> None:
+    """Report progress to no one."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a run gave: its folder, the model, and the figures beside the dense model's."""
+
+    folder: Path
+    model: PreTrainedModel
+    report: EvalReport
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who runs (the Accelerator) and who is told how far the run is."""
+
+    accelerator: Accelerator
+    on_progress: OnProgress
+
+    def over(self, task: str, items: Sequence[Item]) -> Iterator[Item]:
+        """The items, telling before each how many are done."""
+        for done, item in enumerate(items):
+            self.on_progress(task, done, len(items))
+            yield item
+        self.on_progress(task, len(items), len(items))
+
+    def steps(self, task: str, folder: RunFolder) -> OnStep:
+        """A callback for training steps; logs the loss on the main process."""
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            if self.accelerator.is_main_process:
+                folder.add_to_log(task, step, loss)
+            self.on_progress(task, step, steps)
+
+        return on_step
+
+
+def prune(
+    recipe: Recipe, out: str | Path, *, resume: bool = False, on_progress: OnProgress = silent
+) -> Pruned | None:
+    """Prune a model as the recipe says and leave everything in the folder `out`.
+
+    Args:
+        recipe: What to do.
+        out: A new or empty folder; with `resume`, that of a run of the same recipe.
+        resume: Take up a run where it stopped.
+        on_progress: Called with a task's name, what is done and of how many.
+
+    Returns:
+        The result; None on every process but the main one.
+
+    Raises:
+        InputError: Anything a user can cause; the folder then holds whole files only.
+    """
+    watch = Watch(start_accelerator(recipe.training, recipe.seed), on_progress)
+    is_main = watch.accelerator.is_main_process
+    with watch.accelerator.main_process_first():
+        folder = RunFolder.begin(Path(out), recipe, resume=resume or not is_main)
+    dense = load_dense(recipe.model)
+    dense.model.to(watch.accelerator.device)
+    unit_map = map_units(dense.model)
+    targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
+    check_form(dense.model, unit_map, target_widths(unit_map, targets.counts), recipe.export.format)
+    calibration_set = read_calibration(recipe, dense)
+
+    plan = folder.read_plan()
+    if plan is None:
+        scores = folder.read_scores()
+        if scores is None:
+            pool_list = pools(unit_map, targets)
+            scores = _score(recipe, folder, dense, pool_list, unit_map, calibration_set, watch)
+            if recipe.gates.train != "gates":
+                dense = load_dense(recipe.model)
+                dense.model.to(watch.accelerator.device)
+        plan = choose(scores, unit_map, targets)
+        if is_main:
+            save_text(plan.to_json(), folder.file("plan.json"))
+    if not folder.model.is_dir():
+        _cut_and_recover(recipe, folder, dense, plan, calibration_set, watch)
+    if not is_main:
+        return None
+    on_progress("verify", 0, 1)
+    verify(folder.path)
+    on_progress("verify", 1, 1)
+    pruned = load_pruned(folder.path).to(watch.accelerator.device)
+    return Pruned(folder.path, pruned, _evaluate(recipe, folder, dense, pruned, watch))
+
+
+def read_calibration(recipe: Recipe, dense: LoadedModel) -> CalibrationSet:
+    """The rows that gates and weights are trained on."""
+    source = recipe.calibration
+    return CalibrationSet.from_texts(
+        read_texts(source),
+        dense.tokenizer,
+        num_rows=source.num_rows,
+        row_length=source.row_length,
+        seed=recipe.seed,
+        name=text_name(source),
+        corpus=corpus_of(source),
+    )
+
+
+def _score(
+    recipe: Recipe,
+    folder: RunFolder,
+    dense: LoadedModel,
+    pool_list: list[Pool],
+    unit_map: UnitMap,
+    calibration_set: CalibrationSet,
+    watch: Watch,
+) -> UnitScores:
+    """Attach gates, train them, and save scores.json (and the weights that learned along)."""
+    model, accelerator = dense.model, watch.accelerator
+    kinds = tuple(recipe.prune.rules())
+    priors = None
+    if recipe.gates.prior == "activation":
+        rows = watch.over("activation statistics", calibration_set.rows.split(4))
+        statistics = collect_statistics(model, unit_map, rows)
+        priors = activation_scores(model, unit_map, statistics, kinds)
+    frozen = copy.deepcopy(model) if recipe.gates.train == "all" else None
+    weights = TrainedWeights(model, recipe.gates.train, recipe.gates.lora_rank, recipe.seed)
+    gates = attach_gates(model, unit_map, kinds)
+    run = GateRun(
+        accelerator,
+        weights,
+        teacher_of(frozen or model, gates, weights),
+        priors=priors,
+        state_file=folder.state,
+        identity=identity_of(recipe, calibration_set.fingerprint(), dense.origin),
+        on_step=watch.steps("gates", folder),
+    )
+    scores = train_gates(model, gates, calibration_set, pool_list, recipe=recipe, run=run)
+    gates.detach()
+    weights.finish()
+    if accelerator.is_main_process:
+        if weights.parameters:
+            changed = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+            save_tensors(changed, folder.weights, {"of": "calibrated model"})
+        save_text(scores.to_json(), folder.file("scores.json"))
+        folder.state.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return scores
+
+
+def _cut_and_recover(
+    recipe: Recipe,
+    folder: RunFolder,
+    dense: LoadedModel,
+    plan: PrunePlan,
+    calibration_set: CalibrationSet,
+    watch: Watch,
+) -> None:
+    """Cut, compare with the gated model, recover, and save the model with its reference logits."""
+    calibrated = dense.model
+    if folder.weights.is_file():
+        calibrated = copy.deepcopy(dense.model)
+        load_weights(calibrated, folder.weights)
+    unit_map = map_units(calibrated)
+    gates = attach_gates(calibrated, unit_map, {g.kind for g in unit_map.groups.values()})
+    gates.set_plan(plan)
+    logits = reference_logits(calibrated)
+    gates.detach()
+    pruned = cut(calibrated, plan, form=recipe.export.format)
+    difference = float((reference_logits(pruned) - logits).abs().max())
+    del calibrated
+    dtype = getattr(torch, recipe.export.dtype)
+    is_final = recipe.recovery.steps == 0 and dtype == pruned.dtype
+    if recipe.recovery.steps:
+        recover(
+            pruned,
+            calibration_set,
+            recipe=recipe,
+            accelerator=watch.accelerator,
+            teacher=dense.model,
+            on_step=watch.steps("recovery", folder),
+        )
+    cast_parameters(pruned, dtype)
+    if not is_final:
+        logits = reference_logits(pruned)
+    if watch.accelerator.is_main_process:
+        reference = "gated" if is_final else "final"
+        record_reference(logits, folder.path, reference=reference, cut_from_gated=difference)
+        save_pruned(pruned, dense.tokenizer, folder.model)
+    watch.accelerator.wait_for_everyone()
+
+
+def _evaluate(
+    recipe: Recipe, folder: RunFolder, dense: LoadedModel, pruned: PreTrainedModel, watch: Watch
+) -> EvalReport:
+    """Measure both models; write report.json and README.md."""
+    from llmprune_eval.evaluation import evaluate, generate
+    from llmprune_eval.report import to_markdown
+
+    report = evaluate(
+        dense.model,
+        pruned,
+        dense.tokenizer,
+        recipe=recipe,
+        folder=folder.model,
+        on_progress=watch.on_progress,
+    )
+    sample = generate(pruned, dense.tokenizer, recipe.evaluation)
+    save_text(report.to_json(), folder.report)
+    save_text(run_card(recipe, dense.origin, sample, to_markdown(report)), folder.file("README.md"))
+    return report

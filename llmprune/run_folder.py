@@ -1,0 +1,120 @@
+"""RunFolder: the files that a run leaves after each step, and what is there to resume from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmprune.errors import InputError
+from llmprune.files import save_text
+from llmprune.plan import PrunePlan
+from llmprune.recipe import Recipe
+from llmprune.selection import UnitScores
+
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder; `begin` makes or takes it up."""
+
+    path: Path
+
+    @staticmethod
+    def begin(path: Path, recipe: Recipe, *, resume: bool) -> RunFolder:
+        """Make the folder, or take up a run of the same recipe.
+
+        Raises:
+            InputError: The folder holds something else, a finished or broken run without
+                `resume`, or a run of another recipe.
+        """
+        file = path / RECIPE_FILE
+        text = recipe.to_yaml()
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: --out must be a folder, got a file; choose another --out")
+        if file.is_file():
+            if not resume:
+                raise InputError(
+                    f"{path}: already holds a run; take it up with --resume or choose another --out"
+                )
+            if file.read_text(encoding="utf-8") != text:
+                raise InputError(
+                    f"{path}: --resume needs the recipe that began the run ({file.name} there "
+                    "differs); choose another --out"
+                )
+        elif path.exists() and any(path.iterdir()):
+            raise InputError(
+                f"{path}: --out must be empty or new, it holds other files; choose another"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path}: --out can't be made ({error.strerror})") from error
+        save_text(text, file)
+        return RunFolder(path)
+
+    @property
+    def state(self) -> Path:
+        """The state of a gate training that is under way."""
+        return self.path / "gates.safetensors"
+
+    @property
+    def weights(self) -> Path:
+        """Weights that were trained along with the gates."""
+        return self.path / "weights.safetensors"
+
+    @property
+    def log(self) -> Path:
+        """Losses, one JSON object a line."""
+        return self.path / "log.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """The pruned model."""
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        """Figures of the dense and the pruned model."""
+        return self.path / "report.json"
+
+    def file(self, name: str) -> Path:
+        """Any other file of the run."""
+        return self.path / name
+
+    def read_scores(self) -> UnitScores | None:
+        """The scores of a finished calibration, if there are any."""
+        file = self.file("scores.json")
+        return UnitScores.from_json(file.read_text(), name=file.name) if file.is_file() else None
+
+    def read_plan(self) -> PrunePlan | None:
+        """The plan, if there is one (made by `choose`, or written by hand)."""
+        file = self.file("plan.json")
+        return PrunePlan.read(file) if file.is_file() else None
+
+    def read_recipe(self) -> Recipe:
+        """The recipe of the run.
+
+        Raises:
+            InputError: This is not the folder of a run.
+        """
+        if not self.file(RECIPE_FILE).is_file():
+            raise InputError(
+                f"{self.path}: must be a folder that prune wrote, got no {RECIPE_FILE}"
+            )
+        return Recipe.read(self.file(RECIPE_FILE))
+
+    def add_to_log(self, phase: str, step: int, loss: float) -> None:
+        """Append one step to the log."""
+        row = {"phase": phase, "step": step, "loss": loss}
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def identity_of(recipe: Recipe, fingerprint: str, origin: str) -> str:
+    """What two runs must share for one to take up the other's state, as a sha256 in hex."""
+    parts = recipe.model_dump(mode="json", exclude={"evaluation", "export", "recovery"})
+    text = json.dumps([parts, fingerprint, origin], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

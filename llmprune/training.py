@@ -1,0 +1,484 @@
+"""The calibration and recovery loops on Accelerate; the only file that imports it.
+
+Both loops take the global batch of a step from the calibration set as a pure function of the step,
+share its rows out over the processes, and sum the gradients over micro-batches and processes: the
+result does not depend on how many processes there are, and a resumed run sees the same rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from llmprune.errors import InputError
+from llmprune.files import save_tensors
+from llmprune.gates import Gates
+from llmprune.selection import Pool, UnitScores
+from llmprune.sequential_attention import Group, Schedule, SequentialAttention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmprune.calibration import CalibrationSet
+    from llmprune.recipe import GateTraining, Recipe, Recovery, Training
+
+Loss = Literal["distillation", "next_token"]
+# step, of how many, the step's loss
+OnStep = Callable[[int, int, float], None]
+
+STATE_FORMAT = "llmprune-gate-state/1"
+# Share of the steps over which the weights' learning rate rises, and where its cosine ends.
+WARM_UP = 0.1
+FINAL_RATE = 0.1
+
+
+def start_accelerator(training: Training, seed: int) -> Accelerator:
+    """The Accelerator of a run; seeds every generator."""
+    set_seed(seed)
+    return Accelerator(mixed_precision=training.mixed_precision)
+
+
+class TrainedWeights:
+    """The weights that learn in a loop: none, LoRA adapters, or all.
+
+    Build it before gates are attached: LoRA puts its own modules in place of the projections.
+
+    Attributes:
+        parameters: What the optimizer gets, by name.
+    """
+
+    def __init__(self, model: PreTrainedModel, train: str, rank: int, seed: int) -> None:
+        self.model = model
+        self._adapted: Any = None
+        self._was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
+        model.requires_grad_(False)
+        if train == "lora":
+            # the adapters' start must not depend on what was drawn before
+            set_seed(seed)
+            self._adapted = _with_lora(model, rank)
+        elif train == "all":
+            model.requires_grad_(True)
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """The model without its adapters inside the block."""
+        with self._adapted.disable_adapter() if self._adapted is not None else nullcontext():
+            yield
+
+    def finish(self) -> None:
+        """Merge adapters into the weights and restore `requires_grad`, in place."""
+        if self._adapted is not None:
+            self._adapted.merge_and_unload()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._was_trainable.get(name, True))
+
+
+def _with_lora(model: PreTrainedModel, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    from llmprune.architectures import architecture_of
+
+    architecture = architecture_of(model.config.model_type)
+    targets = [
+        name
+        for name, module in model.get_submodule(architecture.layers).named_modules(
+            prefix=architecture.layers
+        )
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    is_conv = isinstance(model.get_submodule(targets[0]), Conv1D)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=targets,
+        fan_in_fan_out=is_conv,
+    )
+    return get_peft_model(model, config)
+
+
+def train_gates(
+    model: PreTrainedModel,
+    gates: Gates,
+    calibration_set: CalibrationSet,
+    pools: list[Pool],
+    *,
+    recipe: Recipe,
+    run: GateRun,
+) -> UnitScores:
+    """Let SequentialAttention++ find the survivors.
+
+    Args:
+        model: The model that the gates are attached to; its weights change only where
+            `recipe.gates.train` says so.
+        gates: Open gates on every group that `pools` names; left at the last step's values.
+        calibration_set: The rows to train on.
+        pools: Who competes with whom.
+        recipe: Its `gates`, `training` and `seed` are used.
+        run: Accelerator, priors, teacher and where to keep the state.
+
+    Raises:
+        InputError: A state to resume from that belongs to another run.
+    """
+    settings = recipe.gates
+    engine = SequentialAttention(
+        [Group(pool.num_units, pool.num_kept) for pool in pools],
+        Schedule.of_cycles(
+            settings.steps,
+            dense=settings.dense,
+            sparsify=settings.sparsify,
+            sparse=settings.sparse,
+            cycles=settings.cycles,
+        ),
+        variant=settings.variant,
+        priors=_pooled(run.priors, pools) if run.priors else None,
+        temperature=settings.temperature,
+    ).to(run.accelerator.device)
+    weights = run.weights.parameters
+    optimizer = _gate_optimizer(engine, weights, settings)
+    first = _resume(run, engine, weights, optimizer)
+    batches = Batches(run.accelerator, calibration_set, settings, recipe.training)
+    loss_of = _loss_of(settings.loss, model, run.teacher)
+    with _checkpointing(model, recipe.training):
+        for step in range(first, engine.schedule.num_steps):
+            if engine.schedule.at(step).begins_phase:
+                # "crucial": what was learned under another mask misleads (arXiv 2402.17902, app. C)
+                optimizer.state.clear()
+
+            def set_gates(step: int = step) -> None:
+                gates.set(_unpooled(engine.gates(step), pools, gates))
+
+            _set_rate(optimizer, "weights", settings.weights_learning_rate, step, settings.steps)
+            loss = batches.train_step(step, optimizer, loss_of, before_each=set_gates)
+            done = step + 1
+            if done % recipe.training.save_every == 0 and done < engine.schedule.num_steps:
+                run.save(engine, weights, optimizer, done)
+            run.on_step(done, engine.schedule.num_steps, loss)
+    return _scores(engine, pools, gates)
+
+
+def recover(
+    model: PreTrainedModel,
+    calibration_set: CalibrationSet,
+    *,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    teacher: PreTrainedModel | None,
+    on_step: OnStep,
+) -> None:
+    """Train the pruned model's weights for a while, in place; adapters are merged at the end.
+
+    Args:
+        model: The cut model.
+        calibration_set: The rows to train on.
+        recipe: Its `recovery`, `training` and `seed` are used.
+        accelerator: Of this run.
+        teacher: The dense model; needed where `recipe.recovery.loss` is distillation.
+        on_step: Called after every step.
+    """
+    settings = recipe.recovery
+    weights = TrainedWeights(model, settings.train, settings.lora_rank, recipe.seed)
+    groups = [{"params": list(weights.parameters.values()), "name": "weights"}]
+    optimizer = torch.optim.AdamW(
+        groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    batches = Batches(accelerator, calibration_set, settings, recipe.training)
+
+    def teach(rows: Tensor) -> Tensor:
+        assert teacher is not None
+        return teacher(input_ids=rows, use_cache=False).logits
+
+    loss_of = _loss_of(settings.loss, model, teach)
+    with _checkpointing(model, recipe.training):
+        for step in range(settings.steps):
+            _set_rate(optimizer, "weights", settings.learning_rate, step, settings.steps)
+            loss = batches.train_step(step, optimizer, loss_of)
+            on_step(step + 1, settings.steps, loss)
+    weights.finish()
+
+
+class GateRun:
+    """What one run of `train_gates` has around it.
+
+    Attributes:
+        accelerator: Of this run.
+        weights: The weights that learn along.
+        teacher: Rows (batch, length) -> the dense model's logits (batch, length, vocab_size).
+        priors: Group name -> importance that the logits start from (their logarithm), or None.
+        state_file: Where the state is kept every `training.save_every` steps, or None for nowhere.
+        identity: What must be equal for a state to be taken up again.
+        on_step: Called after every step.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        weights: TrainedWeights,
+        teacher: Callable[[Tensor], Tensor],
+        *,
+        priors: dict[str, Tensor] | None = None,
+        state_file: Path | None = None,
+        identity: str = "",
+        on_step: OnStep = lambda step, steps, loss: None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.weights = weights
+        self.teacher = teacher
+        self.priors = priors
+        self.state_file = state_file
+        self.identity = identity
+        self.on_step = on_step
+
+    def save(
+        self,
+        engine: SequentialAttention,
+        weights: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        step: int,
+    ) -> None:
+        """Write the state after `step` steps, on the main process."""
+        if self.state_file is None or not self.accelerator.is_main_process:
+            return
+        tensors = {f"engine.{name}": value for name, value in engine.state().items()}
+        for name, parameter in weights.items():
+            tensors[f"weights.{name}"] = parameter.detach().cpu().contiguous()
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value).detach().cpu()
+        note = {"format": STATE_FORMAT, "step": str(step), "identity": self.identity}
+        save_tensors(tensors, self.state_file, note)
+
+
+class Batches:
+    """The rows of every step, shared out over processes and micro-batches."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        calibration_set: CalibrationSet,
+        settings: GateTraining | Recovery,
+        training: Training,
+    ) -> None:
+        self.accelerator = accelerator
+        self.calibration_set = calibration_set
+        self.batch_size = settings.batch_size
+        workers = accelerator.num_processes
+        if self.batch_size % workers:
+            raise InputError(
+                f"batch_size must be a multiple of the number of processes, "
+                f"got {self.batch_size} for {workers} processes"
+            )
+        self.local_size = self.batch_size // workers
+        self.micro_size = min(settings.micro_batch_size or self.local_size, self.local_size)
+
+    def train_step(
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        loss_of: Callable[[Tensor], Tensor],
+        *,
+        before_each: Callable[[], None] = lambda: None,
+    ) -> float:
+        """One optimizer step on the global batch of `step`; returns its mean loss."""
+        optimizer.zero_grad(set_to_none=True)
+        rows = self.calibration_set.batch(step, self.batch_size)
+        first = self.accelerator.process_index * self.local_size
+        mine = rows[first : first + self.local_size].to(self.accelerator.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        for micro in mine.split(self.micro_size):
+            before_each()
+            with self.accelerator.autocast():
+                loss = loss_of(micro) * (len(micro) / self.batch_size)
+            self.accelerator.backward(loss)
+            total += loss.detach().double()
+        self._sum_over_processes(optimizer)
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total.float(), "sum")
+        optimizer.step()
+        return float(total)
+
+    def _sum_over_processes(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+
+
+def _loss_of(
+    kind: Loss, model: PreTrainedModel, teacher: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    def next_token(rows: Tensor) -> Tensor:
+        logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), rows[:, 1:].reshape(-1).to(logits.device)
+        )
+
+    def distillation(rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = torch.log_softmax(teacher(rows).float(), -1)
+        got = torch.log_softmax(model(input_ids=rows, use_cache=False).logits.float(), -1)
+        return (target.exp() * (target - got)).sum(-1).mean()
+
+    return distillation if kind == "distillation" else next_token
+
+
+def _gate_optimizer(
+    engine: SequentialAttention, weights: dict[str, nn.Parameter], settings: GateTraining
+) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [
+        {
+            "params": list(engine.logits),
+            "lr": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "name": "logits",
+        }
+    ]
+    if weights:
+        groups.append(
+            {
+                "params": list(weights.values()),
+                "lr": settings.weights_learning_rate,
+                "weight_decay": settings.weight_decay,
+                "name": "weights",
+            }
+        )
+    return torch.optim.AdamW(groups)
+
+
+def _set_rate(
+    optimizer: torch.optim.Optimizer, name: str, peak: float, step: int, num_steps: int
+) -> None:
+    """Linear warm-up, then a cosine down to a tenth, for the parameter group of that name."""
+    warm = max(1.0, WARM_UP * num_steps)
+    progress = min(1.0, max(0.0, (step + 1 - warm) / max(1.0, num_steps - warm)))
+    cosine = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        if group["name"] == name:
+            group["lr"] = peak * min(1.0, (step + 1) / warm) * cosine
+
+
+def _resume(
+    run: GateRun,
+    engine: SequentialAttention,
+    weights: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Take up the kept state where there is one; the number of steps that are done."""
+    if run.state_file is None or not run.state_file.exists():
+        return 0
+    try:
+        with safe_open(run.state_file, "pt") as file:
+            note = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{run.state_file.name}: is damaged ({error}); delete it") from error
+    if note.get("format") != STATE_FORMAT or note.get("identity") != run.identity:
+        raise InputError(
+            f"{run.state_file.name}: must come from this recipe, model and calibration set; "
+            "delete it, or resume with the recipe that began the run"
+        )
+    engine.load_state(_under("engine.", tensors))
+    with torch.no_grad():
+        for name, value in _under("weights.", tensors).items():
+            weights[name].copy_(value)
+    state = optimizer.state_dict()
+    for name, value in _under("optimizer.", tensors).items():
+        index, _, key = name.partition(".")
+        state["state"].setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict(state)
+    return int(note["step"])
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
+
+@contextmanager
+def _checkpointing(model: PreTrainedModel, training: Training) -> Iterator[None]:
+    """Activation checkpointing inside the block, without waking dropout."""
+    if not training.activation_checkpointing:
+        yield
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        # the flag of the layer alone: its dropout modules stay in eval mode
+        layer.training = True
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        for layer in layers:
+            layer.training = False
+
+
+def _pooled(priors: dict[str, Tensor], pools: list[Pool]) -> list[Tensor]:
+    """Logits to start from: the logarithm of the importance, mean 0 in each pool."""
+    starts = []
+    for pool in pools:
+        parts = [priors[name][start:stop] for name, start, stop in pool.members]
+        values = torch.cat(parts).double()
+        floor = values.mean() * 1e-6 + torch.finfo(torch.float64).tiny
+        logits = values.clamp(min=float(floor)).log()
+        starts.append((logits - logits.mean()).float())
+    return starts
+
+
+def _unpooled(values: list[Tensor], pools: list[Pool], gates: Gates) -> dict[str, Tensor]:
+    """Values per pool -> values per unit group."""
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for value, pool in zip(values, pools, strict=True):
+        offset = 0
+        for name, start, stop in pool.members:
+            part = value[offset : offset + stop - start]
+            parts.setdefault(name, []).append((start, part))
+            offset += stop - start
+    return {
+        name: torch.cat([part for _, part in sorted(own, key=lambda pair: pair[0])])
+        for name, own in parts.items()
+        if name in gates.group_names
+    }
+
+
+def _scores(engine: SequentialAttention, pools: list[Pool], gates: Gates) -> UnitScores:
+    logits = [parameter.detach().float().cpu() for parameter in engine.logits]
+    scale: dict[str, Tensor] = {}
+    dropped: dict[str, Tensor] = {}
+    if engine.variant == "paper":
+        scale = _unpooled(engine.scales(), pools, gates)
+        dropped = _unpooled(engine.dropped_at, pools, gates)
+    return UnitScores(scores=_unpooled(logits, pools, gates), dropped_at=dropped, scale=scale)
+
+
+def teacher_of(
+    model: PreTrainedModel, gates: Gates, weights: TrainedWeights
+) -> Callable[[Tensor], Tensor]:
+    """The dense model as a teacher: this model with gates open and adapters left out."""
+
+    def teach(rows: Tensor) -> Tensor:
+        open_gates: AbstractContextManager[None] = gates.opened()
+        with open_gates, weights.left_out():
+            return model(input_ids=rows, use_cache=False).logits
+
+    return teach
+
+
+def note_of(data: dict[str, Any]) -> str:
+    """A stable one-line form of what identifies a run."""
+    return json.dumps(data, sort_keys=True)
