@@ -101,9 +101,10 @@ def verify(folder: FolderArgument) -> None:
     from llmprune.verification import verify as check
 
     result = check(folder)
-    figures = ", ".join(f"{k} {v:.2g}" for k, v in result.max_abs_difference.items())
+    found = result.max_abs_difference[result.arithmetic]
+    figures = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
     console.print(
-        f"{result.model_class} reloads: max abs logit difference {figures} "
+        f"{result.model_class} reloads: max abs logit difference in {result.arithmetic} {figures} "
         f"(at most {result.tolerance:g}); reference: the {result.reference} model",
         soft_wrap=True,
     )
@@ -155,10 +156,11 @@ def bench(
 
 
 def _measure(folder: Path, recipe: Recipe, *, json: bool, perplexity, speed) -> None:  # type: ignore[no-untyped-def]
-    from llmprune.checkpoint import MODEL_FOLDER
-    from llmprune.display import progress_bars
     from llmprune_eval.evaluation import evaluate as run
     from llmprune_eval.report import render_table
+
+    from llmprune.checkpoint import MODEL_FOLDER
+    from llmprune.display import progress_bars
 
     evaluation = recipe.evaluation.model_copy(update={"perplexity": perplexity, "speed": speed})
     recipe = recipe.model_copy(update={"evaluation": evaluation})

@@ -82,11 +82,12 @@ def estimate_run(recipe: Recipe) -> Estimate:
         dense=dense,
         pruned=pruned,
         peak_bytes=_peak_bytes(recipe, unit_map, dense, pruned, model.config.vocab_size),
-        seconds=FIXED_SECONDS + _flops(recipe, dense, pruned) / (EFFICIENCY * matmul_rate()),
+        seconds=FIXED_SECONDS
+        + _flops(recipe, unit_map, dense, pruned) / (EFFICIENCY * matmul_rate()),
     )
 
 
-def _flops(recipe: Recipe, dense: Cost, pruned: Cost) -> float:
+def _flops(recipe: Recipe, unit_map: UnitMap, dense: Cost, pruned: Cost) -> float:
     """FLOPs of the whole run: a backward pass costs one forward, two where weights learn."""
     row = recipe.calibration.row_length
     gates, recovery = recipe.gates, recipe.recovery
@@ -97,6 +98,14 @@ def _flops(recipe: Recipe, dense: Cost, pruned: Cost) -> float:
     total += gates.steps * gates.batch_size * row * step * dense.flops
     step_flops = 3 * pruned.flops + (recovery.loss == "distillation") * dense.flops
     total += recovery.steps * recovery.batch_size * row * step_flops
+    if recipe.reconstruction is not None:
+        rows = min(recipe.reconstruction.num_rows, recipe.calibration.num_rows)
+        # one dense pass, about two pruned ones, and the normal equations in float64 (half the rate)
+        layer = unit_map.layer(0)
+        query = layer.num_attention_heads * unit_map.head_dim
+        widths = layer.intermediate_size**2 + query**2
+        normal = 2 * 2 * unit_map.num_layers * widths
+        total += rows * row * (dense.flops + 2 * pruned.flops + normal)
     for task in recipe.evaluation.perplexity:
         windows = task.max_windows or 600
         total += windows * task.window * (dense.flops + pruned.flops)

@@ -69,11 +69,11 @@ class Gates:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """The dense model inside the block: every gate is left out of the computation."""
-        self._are_open = True
+        were_open, self._are_open = self._are_open, True
         try:
             yield
         finally:
-            self._are_open = False
+            self._are_open = were_open
 
     def detach(self) -> None:
         """Take every hook off; the model is what it was before `attach_gates`."""

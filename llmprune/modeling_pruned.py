@@ -53,7 +53,10 @@ class LayerConfig:
         self.__dict__.update(own, _shared=config)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_shared"], name)
+        # a copy is asked for its methods before it has anything
+        if "_shared" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._shared, name)
 
 
 class NoAttention(nn.Module):
@@ -79,16 +82,16 @@ class _DifferingLayers:
     layer_class: type[nn.Module]
     attention_name = "self_attn"
     norm_names = ("input_layernorm", "post_attention_layernorm")
-    heads_keys = ("num_attention_heads", "num_key_value_heads")
+    heads_keys: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads")
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self: Any, config: Any) -> None:
         num_layers = config.num_hidden_layers
         differences = config.__dict__.pop("_heterogeneity_spec", None)
         layer_types = getattr(config, "layer_types", None)
         # The parent builds embeddings, final norm and rotary tables, and no layer.
         config.num_hidden_layers = 0
         try:
-            super().__init__(config)
+            super().__init__(config)  # type: ignore[call-arg]
         finally:
             config.num_hidden_layers = num_layers
             if layer_types is not None:
@@ -133,7 +136,7 @@ class _AnyShape:
         """Accept the dense model's rotary parameters, which a cut leaves as they are."""
 
 
-def _with_body(lm_class: type, base_attribute: str, base_class: type) -> type:
+def _with_body(lm_class: Any, base_attribute: str, base_class: Any) -> Any:
     """The family's causal LM around a base model with differing layers."""
 
     def build(self: Any, config: Any) -> None:

@@ -6,10 +6,10 @@ Read this file first: every function called here is one step, in the module of i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -21,10 +21,12 @@ from llmprune.files import save_tensors, save_text
 from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
+from llmprune.reconstruction import reconstruct
 from llmprune.run_folder import RunFolder, identity_of
 from llmprune.selection import Pool, UnitScores, choose, find_targets, pools, target_widths
-from llmprune.sources import LoadedModel, corpus_of, load_dense, read_texts, text_name
+from llmprune.sources import LoadedModel, load_dense
 from llmprune.surgery import check_form, cut
+from llmprune.texts import corpus_of, read_texts, resolve_text, text_name
 from llmprune.training import (
     GateRun,
     OnStep,
@@ -35,17 +37,19 @@ from llmprune.training import (
     train_gates,
 )
 from llmprune.units import UnitMap, map_units
-from llmprune.verification import record_reference, reference_logits, verify
+from llmprune.verification import largest_difference, record_reference, reference_logits, verify
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedModel
-
     from llmprune_eval.report import EvalReport
+    from transformers import PreTrainedModel
 
 Item = TypeVar("Item")
 # task, done, of how many
 OnProgress = Callable[[str, int, int], None]
+
+# Tokens of each of the two calibration rows that verification compares logits on.
+REFERENCE_LENGTH = 24
 
 
 def silent(task: str, done: int, total: int) -> None:
@@ -139,7 +143,7 @@ def prune(
 
 def read_calibration(recipe: Recipe, dense: LoadedModel) -> CalibrationSet:
     """The rows that gates and weights are trained on."""
-    source = recipe.calibration
+    source = resolve_text(recipe.calibration)
     return CalibrationSet.from_texts(
         read_texts(source),
         dense.tokenizer,
@@ -209,13 +213,25 @@ def _cut_and_recover(
     unit_map = map_units(calibrated)
     gates = attach_gates(calibrated, unit_map, {g.kind for g in unit_map.groups.values()})
     gates.set_plan(plan)
-    logits = reference_logits(calibrated)
+    tokens = calibration_set.rows[:2, :REFERENCE_LENGTH]
+    logits = reference_logits(calibrated, tokens)
     gates.detach()
     pruned = cut(calibrated, plan, form=recipe.export.format)
-    difference = float((reference_logits(pruned) - logits).abs().max())
+    difference = largest_difference(reference_logits(pruned, tokens), logits)
     del calibrated
+    refit = recipe.reconstruction
+    if refit is not None:
+        reconstruct(
+            pruned,
+            dense.model,
+            unit_map,
+            plan,
+            batches=calibration_set.rows[: refit.num_rows].split(1),
+            ridge=refit.ridge,
+            on_layer=lambda done, total: watch.on_progress("reconstruction", done, total),
+        )
     dtype = getattr(torch, recipe.export.dtype)
-    is_final = recipe.recovery.steps == 0 and dtype == pruned.dtype
+    is_final = refit is None and recipe.recovery.steps == 0 and dtype == pruned.dtype
     if recipe.recovery.steps:
         recover(
             pruned,
@@ -227,10 +243,12 @@ def _cut_and_recover(
         )
     cast_parameters(pruned, dtype)
     if not is_final:
-        logits = reference_logits(pruned)
+        logits = reference_logits(pruned, tokens)
     if watch.accelerator.is_main_process:
         reference = "gated" if is_final else "final"
-        record_reference(logits, folder.path, reference=reference, cut_from_gated=difference)
+        record_reference(
+            logits, tokens, folder.path, reference=reference, cut_from_gated=difference
+        )
         save_pruned(pruned, dense.tokenizer, folder.model)
     watch.accelerator.wait_for_everyone()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ class PrunePlan:
             )
         if not heads:
             raise InputError(
-                f"plan: layer {index} must keep a head, got none; drop its attention sublayer instead"
+                f"plan: layer {index} must keep a head, got none; drop its attention instead"
             )
         return KeptLayer(
             heads=heads,
@@ -157,7 +158,7 @@ class PrunePlan:
 def _check_indices(name: str, kept: Indices, num_units: int) -> None:
     if not kept:
         raise InputError(f"plan: kept.{name} must keep at least one unit, got none")
-    ascending = all(a < b for a, b in zip(kept, kept[1:], strict=False))
+    ascending = all(a < b for a, b in itertools.pairwise(kept))
     if not ascending or kept[0] < 0 or kept[-1] >= num_units:
         raise InputError(
             f"plan: kept.{name} must be ascending indices in [0, {num_units}), "

@@ -46,12 +46,19 @@ class ModelSource(_Part):
 
 
 class TextSource(_Part):
-    """A text: `builtin:python-reference`, a .txt/.jsonl/.parquet file, or a Hub data set."""
+    """A text: `builtin:python-reference`, a local file, or a Hub data set.
+
+    A .jsonl, .json or .parquet file (a .gz, too) is a table with the text in `column`; any other
+    file is one plain text. The built-in text has the splits `train` and `test`. `fallback` (a
+    local file or the built-in text) is taken, and said so, where `dataset` is a Hub data set that
+    can be reached neither on the network nor in the cache; `column` holds for it, too.
+    """
 
     dataset: str
     config: str | None = None
     split: str = "train"
     column: str = "text"
+    fallback: str | None = None
 
 
 class Calibration(TextSource):
@@ -134,8 +141,8 @@ class GateTraining(_Part):
     weights_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     lora_rank: Positive = 8
     dense: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    sparsify: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
-    sparse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    sparsify: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    sparse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     cycles: Positive = 1
     temperature: tuple[float, float] = (1.0, 30.0)
 
@@ -147,6 +154,16 @@ class GateTraining(_Part):
         if not 0 < self.temperature[0] <= self.temperature[1]:
             raise ValueError(f"temperature must be 0 < first <= last, got {self.temperature}")
         return self
+
+
+class Reconstruction(_Part):
+    """Least-squares refit of what writes to the residual stream, on the calibration rows.
+
+    `ridge` pulls towards the cut weights, as a share of the mean squared input.
+    """
+
+    num_rows: Positive = 64
+    ridge: Annotated[float, Field(gt=0.0)] = 1e-2
 
 
 class Recovery(_Part):
@@ -163,14 +180,14 @@ class Recovery(_Part):
 
 
 class Export(_Part):
-    """The form that is written: `uniform` loads in stock classes, `per_layer` lets widths differ."""
+    """What is written: `uniform` loads in stock classes, `per_layer` lets layers differ."""
 
     format: Literal["uniform", "per_layer"] = "uniform"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 class PerplexityTask(TextSource):
-    """Perplexity of a text: non-overlapping windows, token-weighted; `max_windows` from its start."""
+    """Perplexity of a text in non-overlapping windows; the first `max_windows` of them."""
 
     window: Annotated[int, Field(ge=2)] = 512
     max_windows: Positive | None = None
@@ -182,7 +199,7 @@ class SpeedTask(_Part):
     batch_size: Positive = 1
     context: Positive = 128
     new_tokens: Positive = 16
-    rounds: Annotated[int, Field(ge=3)] = 5
+    rounds: Annotated[int, Field(ge=3)] = 7
 
 
 class Evaluation(_Part):
@@ -209,6 +226,7 @@ class Recipe(_Part):
     prune: Prune
     budget: Budget | None = None
     gates: GateTraining = GateTraining()
+    reconstruction: Reconstruction | None = None
     recovery: Recovery = Recovery()
     training: Training = Training()
     export: Export = Export()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -38,7 +38,7 @@ class UnitScores:
 
     def order(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Rank of every unit in a pool of groups, int64, higher stays; ties to low indices."""
-        keys = []
+        keys: list[tuple[float, float, int, str, int]] = []
         for name in names:
             left = self.dropped_at.get(name)
             for unit, score in enumerate(self.scores[name].tolist()):
@@ -148,7 +148,7 @@ def find_targets(
 
 
 def target_widths(unit_map: UnitMap, counts: Mapping[UnitKind, int]) -> Widths:
-    """The shape that counts leave; which layers go does not matter to its cost, the last do here."""
+    """The shape that counts leave (which layers go makes no difference to it: the last do)."""
     layers: list[LayerWidths | None] = []
     for index in range(unit_map.num_layers):
         dense = unit_map.layer(index)
@@ -294,7 +294,8 @@ def _count_for(kind: UnitKind, sparsity: float, allowed: list[int]) -> int:
         least = 1 - allowed[-2] / allowed[-1] if len(allowed) > 1 else None
         hint = "no other count is allowed" if least is None else f"the least step is {least:.3f}"
         raise InputError(
-            f"prune.{kind}.sparsity must remove something, got {sparsity:g} of {allowed[-1]}: {hint}"
+            f"prune.{kind}.sparsity must remove something, got {sparsity:g} of {allowed[-1]}: "
+            f"{hint}"
         )
     return count
 
@@ -342,7 +343,7 @@ def _refine(
     counts: dict[UnitKind, int],
     kind: UnitKind,
     allowed: list[int],
-    cost,  # type: ignore[no-untyped-def]
+    cost: Callable[[Mapping[UnitKind, int]], int],
     wanted: float,
 ) -> dict[UnitKind, int]:
     low, high = 0, len(allowed) - 1

@@ -32,7 +32,7 @@ CURVATURE = 4.0
 
 
 def sparsity_at(progress: float, final: float) -> float:
-    """Share removed at `progress` in [0, 1] of a sparsification phase (arXiv 2402.17902, sec. 3)."""
+    """Share removed at `progress` in [0, 1] of a sparsification phase (arXiv 2402.17902)."""
     return final * (1 - math.exp(-CURVATURE * progress)) / (1 - math.exp(-CURVATURE))
 
 
@@ -237,7 +237,7 @@ class SequentialAttention(nn.Module):
             self.keep_masks[index] = mask & keep_mask
 
     def survivors(self) -> list[Tensor]:
-        """Who stays, one bool tensor per group with exactly `num_kept` True; ties to low indices."""
+        """Who stays: one bool tensor per group, `num_kept` True in each; ties to low indices."""
         chosen = []
         for group, logits, mask in zip(self.groups, self.logits, self.keep_masks, strict=True):
             alive = logits.detach().cpu().masked_fill(~mask, -torch.inf)

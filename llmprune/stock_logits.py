@@ -8,6 +8,7 @@ one line of JSON.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -18,12 +19,12 @@ from transformers.utils import logging
 PADDING = 5
 
 
-def forward_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def forward_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of whole rows at once: (batch, length) -> (batch, length, vocab_size)."""
     return model(input_ids=tokens, use_cache=False).logits
 
 
-def cached_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def cached_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """The same through the KV cache: half a row at once, the rest token by token."""
     half = tokens.shape[1] // 2
     output = model(input_ids=tokens[:, :half], use_cache=True)
@@ -38,7 +39,7 @@ def cached_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, 1)
 
 
-def left_padded_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def left_padded_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """The same with padding before the rows, as a batch of unequal prompts has."""
     padding = torch.full((tokens.shape[0], PADDING), model.config.pad_token_id or 0)
     padded = torch.cat([padding.to(tokens), tokens], 1)
@@ -56,7 +57,7 @@ CHECKS = {
 }
 
 
-def compare(model: torch.nn.Module, tokens: torch.Tensor, expected: torch.Tensor) -> dict:
+def compare(model: Any, tokens: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     """Largest absolute difference of every check from the recorded logits."""
     with torch.no_grad():
         return {
@@ -72,7 +73,7 @@ def main() -> None:
     folder, reference = sys.argv[1:3]
     has_code = "auto_map" in json.loads((Path(folder) / "config.json").read_text())
     tensors = load_file(reference)
-    # The folder's own modeling file, written by this program, is code; a stock folder needs none.
+    # A folder of `export.format: per_layer` brings its modeling file; a stock one runs no code.
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -81,7 +82,11 @@ def main() -> None:
         output_loading_info=True,
     )
     model.eval()
-    found = compare(model, tensors["tokens"], tensors["logits"])
+    found = {"float32": compare(model, tensors["tokens"], tensors["float32"])}
+    if "float64" in tensors:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.double()
+        found["float64"] = compare(model, tensors["tokens"], tensors["float64"])
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     note = {
         "model_class": type(model).__name__,

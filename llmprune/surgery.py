@@ -113,7 +113,9 @@ def per_layer_config(config: Any, unit_map: UnitMap, widths: Widths) -> Pretrain
     own: dict[int, dict[str, Any]] = {}
     for index, layer in enumerate(layers):
         values = _layer_data(architecture, layer)
-        different = {key: value for key, value in values.items() if value != shared[key]}
+        different: dict[str, Any] = {
+            key: value for key, value in values.items() if value != shared[key]
+        }
         gone = [branch for branch in ("attention", "mlp") if not getattr(layer, branch)]
         if gone:
             different["skip"] = gone
@@ -165,6 +167,11 @@ def _config_data(config: Any, unit_map: UnitMap, widths: Widths) -> dict[str, An
     for key in ("per_layer_config", "head_dim", "quantization_config"):
         data.pop(key, None)
     kept = [index for index, layer in enumerate(widths.layers) if layer is not None]
+    if data.get("scale_attn_by_inverse_layer_idx") and len(kept) < len(widths.layers):
+        raise InputError(
+            "layers: must all stay in a model with scale_attn_by_inverse_layer_idx, whose "
+            "attention depends on a layer's number; prune other kinds"
+        )
     data[architecture.config_key("hidden_size")] = widths.hidden_size
     data[architecture.config_key("num_hidden_layers")] = len(kept)
     if data.get("layer_types"):
@@ -334,7 +341,7 @@ class _Factors:
         read = ("query",) if branch == "attention" else ("mlp",)
         if read not in parameter.axes:
             return
-        dim = parameter.axes.index(read)  # type: ignore[arg-type]
+        dim = parameter.axes.index(read)
         kinds = ("heads", "kv_groups") if branch == "attention" else ("mlp_channels",)
         for kind in kinds:
             factors = self._per_position(parameter, kind)

@@ -1,9 +1,14 @@
 """Verify, always: the written folder computes what the gated model computed.
 
 The chain has two links. At the cut, the cut model's logits are compared with the gated model's, in
-float32 and in memory. After writing, a fresh process with stock transformers loads the folder and
-its logits are compared with the recorded ones: the gated model's own where nothing was trained or
-rounded after the cut, the final model's otherwise.
+memory. After writing, a fresh process with stock transformers loads the folder, and its logits -
+whole rows, through the KV cache, with left padding - are compared with recorded ones: the gated
+model's own where nothing was trained or rounded after the cut, the final model's otherwise.
+
+Two orders of the same float32 sums differ by as much as 1e-4 in a model's logits (measured on the
+dense SmolLM2-135M: 8e-5 between a forward pass and its KV cache), so models small enough are also
+compared in float64 arithmetic, where rounding can neither fail an equal model nor hide an unequal
+one, and that figure decides.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -29,67 +34,86 @@ if TYPE_CHECKING:
 
 REFERENCE_FILE = "verification.safetensors"
 RESULT_FILE = "verification.json"
-# float32 rounding through two paths of a small model stays well under this
 TOLERANCE = 1e-4
+# Above this many parameters a float64 copy would not fit where the model does.
+FLOAT64_PARAMETERS = 2_000_000_000
+
+# Arithmetic -> logits of the reference tokens, shape (batch, length, vocab_size).
+Logits = dict[str, Tensor]
 
 
 class Verification(BaseModel):
-    """What was compared and how far apart it was; differences are of logits, absolute, float32.
+    """What was compared and how far apart it was: largest absolute differences of logits.
 
-    `reference` says whose logits the fresh process is held to: `gated` or `final`.
+    `reference` says whose logits the fresh process is held to: `gated` or `final`. The keys of the
+    differences are the arithmetic (the weights are always those saved).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     reference: str
-    cut_from_gated: float | None = None
+    cut_from_gated: dict[str, float]
     model_class: str
     remote_code: bool
     missing_keys: list[str]
     unexpected_keys: list[str]
     llmprune_imported: bool
-    max_abs_difference: dict[str, float]
+    max_abs_difference: dict[str, dict[str, float]]
     tolerance: float = TOLERANCE
+
+    @property
+    def arithmetic(self) -> str:
+        """The most exact arithmetic that was used; its figures decide."""
+        return "float64" if "float64" in self.max_abs_difference else "float32"
 
     @property
     def passed(self) -> bool:
         """Whether every figure is within the tolerance and no weight was made up or left over."""
-        figures = [*self.max_abs_difference.values(), self.cut_from_gated or 0.0]
+        figures = [
+            *self.max_abs_difference[self.arithmetic].values(),
+            self.cut_from_gated[self.arithmetic],
+        ]
         clean = not (self.missing_keys or self.unexpected_keys or self.llmprune_imported)
+        # written so that a NaN fails
         return clean and all(figure <= self.tolerance for figure in figures)
 
 
-def reference_tokens(vocab_size: int, *, batch: int = 2, length: int = 24) -> Tensor:
-    """Fixed tokens for every comparison, shape (batch, length), int64."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocab_size, (batch, length), generator=generator)
-
-
 @torch.no_grad()
-def reference_logits(model: PreTrainedModel) -> Tensor:
-    """The model's logits on the reference tokens, computed and given in float32 on the CPU."""
-    tokens = reference_tokens(model.config.vocab_size).to(model.device)
-    was = model.dtype
-    cast_parameters(model, torch.float32)
-    logits = stock_logits.forward_logits(model, tokens).cpu()
+def reference_logits(model: PreTrainedModel, tokens: Tensor) -> Logits:
+    """The model's logits on (batch, length) tokens, on the CPU, in each arithmetic it allows."""
+    was, logits = model.dtype, {}
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for name in ("float32", "float64")[: 2 if count < FLOAT64_PARAMETERS else 1]:
+        cast_parameters(model, getattr(torch, name))
+        logits[name] = stock_logits.forward_logits(model, tokens.to(model.device)).cpu()
     cast_parameters(model, was)
     return logits
 
 
+def largest_difference(found: Logits, expected: Logits) -> dict[str, float]:
+    """Largest absolute difference in each arithmetic."""
+    return {name: float((found[name] - logits).abs().max()) for name, logits in expected.items()}
+
+
 def record_reference(
-    logits: Tensor, folder: Path, *, reference: str, cut_from_gated: float | None
+    logits: Logits,
+    tokens: Tensor,
+    folder: Path,
+    *,
+    reference: str,
+    cut_from_gated: dict[str, float],
 ) -> None:
     """Write what the model in `folder` will be held to.
 
     Args:
-        logits: Of the reference tokens, shape (batch, length, vocab_size), float32.
+        logits: Of the tokens.
+        tokens: Shape (batch, length), int64.
         folder: The run folder.
         reference: `gated` or `final`.
-        cut_from_gated: Largest difference at the cut.
+        cut_from_gated: Differences at the cut.
     """
-    tokens = reference_tokens(logits.shape[-1])
     note = {"reference": reference, "cut_from_gated": json.dumps(cut_from_gated)}
-    save_tensors({"tokens": tokens, "logits": logits}, folder / REFERENCE_FILE, note)
+    save_tensors({"tokens": tokens.clone(), **logits}, folder / REFERENCE_FILE, note)
 
 
 def verify(folder: Path) -> Verification:
@@ -99,20 +123,20 @@ def verify(folder: Path) -> Verification:
         InputError: The folder has no recorded logits, the model does not load with stock
             transformers, or its logits are too far off; the message holds the figures.
     """
-    from safetensors import safe_open
-
     reference = folder / REFERENCE_FILE
-    if not reference.is_file():
-        raise InputError(f"{folder}: must be a folder that prune wrote, got no {REFERENCE_FILE}")
-    with safe_open(reference, "pt") as file:
-        note = file.metadata()
-    command = [sys.executable, "-P", stock_logits.__file__, str(model_folder(folder)), reference]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    note = _read_note(reference)
+    command = [
+        sys.executable,
+        "-P",
+        stock_logits.__file__,
+        str(model_folder(folder)),
+        str(reference),
+    ]
     child = subprocess.run(
-        [str(part) for part in command],
+        command,
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
         check=False,
     )
     if child.returncode:
@@ -124,9 +148,25 @@ def verify(folder: Path) -> Verification:
     )
     save_text(result.model_dump_json(indent=2) + "\n", folder / RESULT_FILE)
     if not result.passed:
+        figures = result.model_dump(
+            include={"max_abs_difference", "cut_from_gated", "missing_keys", "unexpected_keys"}
+        )
         raise InputError(
             f"{folder}: the reloaded model must give the recorded logits within {TOLERANCE:g}, got "
-            f"{result.model_dump_json(include={'max_abs_difference', 'cut_from_gated'})}, missing "
-            f"{result.missing_keys}, unexpected {result.unexpected_keys}; do not use this folder"
+            f"{json.dumps(figures)}; do not use this folder, prune again"
         )
     return result
+
+
+def _read_note(reference: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    if not reference.is_file():
+        raise InputError(
+            f"{reference.parent}: must be a folder that prune wrote, got no {REFERENCE_FILE}"
+        )
+    try:
+        with safe_open(reference, "pt") as file:
+            return dict(file.metadata())
+    except SafetensorError as error:
+        raise InputError(f"{reference.name}: is damaged ({error}); prune again") from error

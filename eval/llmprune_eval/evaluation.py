@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.architectures import architecture_of
 from llmprune.checkpoint import folder_bytes, save_pruned
 from llmprune.recipe import Evaluation, ModelSource, PerplexityTask, Recipe, SpeedTask
-from llmprune.sources import corpus_of, fetch, read_texts, text_name
+from llmprune.sources import fetch
+from llmprune.texts import corpus_of, read_texts, resolve_text, text_name
 from llmprune_eval.peak_memory import PeakMemory, measure_peak_memory
 from llmprune_eval.perplexity import Perplexity, encode, measure_perplexity
 from llmprune_eval.report import EvalReport, ModelSize, TextResult, environment
@@ -70,20 +72,20 @@ def measure_text(
     on_progress: OnProgress,
 ) -> TextResult:
     """Perplexity of both models on one text, marked where calibration used the same corpus."""
-    token_ids = encode(read_texts(task), tokenizer)
+    source = resolve_text(task)
+    token_ids = encode(read_texts(source), tokenizer)
     found: dict[str, Perplexity] = {}
     for name, model in (("dense", dense), ("pruned", pruned)):
-        label = f"perplexity of the {name} model"
         found[name] = measure_perplexity(
             model,
             token_ids,
             window=task.window,
             max_windows=task.max_windows,
-            on_window=lambda done, total, label=label: on_progress(label, done, total),
+            on_window=partial(on_progress, f"perplexity of the {name} model"),
         )
     return TextResult(
-        name=text_name(task),
-        in_domain=corpus_of(task) == corpus_of(recipe.calibration),
+        name=text_name(source),
+        in_domain=corpus_of(source) == corpus_of(resolve_text(recipe.calibration)),
         dense=found["dense"],
         pruned=found["pruned"],
     )

@@ -38,7 +38,7 @@ LLAMA = Architecture(
     norm_kind="rms",
     config_names={},
     # LlamaConfig refuses a hidden_size that is not a multiple of the number of heads;
-    # MistralConfig has no such rule, the same weight names and, without a window, the same function.
+    # MistralConfig has no such rule, the same weight names and, with no window, the same function.
     stands_in=("mistral", ("attention_bias", "mlp_bias")),
 )
 

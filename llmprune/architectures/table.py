@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 Space = Literal["hidden", "query", "key_value", "mlp", "vocab", "position", "head_dim"]
 Axis = tuple[Space, ...]
@@ -78,4 +78,4 @@ class Architecture:
 
 def parse_axes(axes: str) -> tuple[Axis, ...]:
     """Read `"query+key_value hidden"` as one tuple of spaces per dimension."""
-    return tuple(tuple(axis.split("+")) for axis in axes.split())  # type: ignore[misc]
+    return tuple(cast(Axis, tuple(axis.split("+"))) for axis in axes.split())

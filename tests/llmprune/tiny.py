@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
+from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
+from llmprune.recipe import UNIT_KINDS
 from llmprune.units import map_units
+
+# a bar for every weight that a cut loads would bury a failure's output
+logging.disable_progress_bar()
+# several threads take four times as long as one on matrices this small
+torch.set_num_threads(1)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2")
 VOCAB = 61
@@ -75,6 +85,35 @@ def logits(model, input_ids=None):
         return model(tokens() if input_ids is None else input_ids).logits
 
 
+def masked_logits(model, plan, input_ids=None):
+    """Logits of the gated model with the plan's gates; the model is left ungated."""
+    gates = attach_gates(model, map_units(model), UNIT_KINDS)
+    gates.set_plan(plan)
+    found = logits(model, input_ids)
+    gates.detach()
+    return found
+
+
+def use_double_norms(monkeypatch):
+    """Make every RMS norm compute in float64, as the rest of a float64 model does."""
+
+    def forward(self, hidden_states):
+        wide = hidden_states.double()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight.double() * wide * scale).to(hidden_states.dtype)
+
+    for family in FAMILIES:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for name in dir(module):
+            if name.endswith("RMSNorm"):
+                monkeypatch.setattr(getattr(module, name), "forward", forward)
+
+
+def is_mha(unit_map, layer):
+    widths = unit_map.layer(layer)
+    return widths.num_attention_heads == widths.num_key_value_heads
+
+
 def plan_for(model, kinds, *, scaled=False, differ=False, seed=0):
     """A random plan that removes some units of each kind; `differ` lets layers' widths differ."""
     unit_map = map_units(model)
@@ -89,7 +128,7 @@ def plan_for(model, kinds, *, scaled=False, differ=False, seed=0):
         if group.kind == "heads":
             layer = unit_map.layer(group.layer)
             ratio = layer.num_attention_heads // layer.num_key_value_heads
-            per_group = max(1, ratio - 1)
+            per_group = max(1, ratio - 1 - group.layer * differ)
             chosen = []
             if ratio == 1:
                 chosen = list(range(count))
@@ -99,6 +138,10 @@ def plan_for(model, kinds, *, scaled=False, differ=False, seed=0):
                     chosen += [kv * ratio + int(head) for head in order]
         else:
             chosen = torch.randperm(group.num_units, generator=generator)[:count].tolist()
+            own_heads = kept.get(f"layers.{group.layer}.heads", ())
+            if group.kind == "kv_groups" and is_mha(unit_map, group.layer) and own_heads:
+                # heads and KV groups are then the same units, and their common part stays
+                chosen = {*own_heads, chosen[0]}
         kept[name] = tuple(sorted(chosen))
         if scaled:
             factors = torch.rand(len(chosen), generator=generator, dtype=torch.float64) + 0.5
