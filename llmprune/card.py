@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from llmprune.recipe import Recipe
 
 
-def run_card(recipe: Recipe, origin: str, sample: str, table: str) -> str:
+def run_card(recipe: Recipe, origin: str, samples: Mapping[str, str], table: str) -> str:
     """Markdown for the run folder.
 
     Args:
         recipe: Of the run; quoted whole.
         origin: Where the dense model really came from.
-        sample: A generation of the pruned model.
+        samples: `dense` and `pruned` -> a greedy generation.
         table: The figures, dense beside pruned, as Markdown.
     """
     remote = ", trust_remote_code=True" if recipe.export.format == "per_layer" else ""
-    quoted = "\n".join(f"> {line}" for line in sample.splitlines())
+    quoted = "\n>\n".join(f"> **{name}**: {' '.join(s.split())}" for name, s in samples.items())
     return f"""# {origin.rpartition("/")[2]}, pruned
 
 Pruned with llmprune from {origin}.

@@ -90,6 +90,8 @@ def prune(
     from llmprune_eval.report import render_table
 
     console.print(render_table(result.report))
+    for name, sample in result.report.samples.items():
+        console.print(f"{name}: {' '.join(sample.split())}", markup=False, soft_wrap=True)
     console.print(
         f"wrote {result.folder}; the model is in {result.folder / 'model'}", soft_wrap=True
     )

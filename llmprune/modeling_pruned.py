@@ -59,8 +59,12 @@ class LayerConfig:
         return getattr(self._shared, name)
 
 
-class NoAttention(nn.Module):
-    """Stands where a layer's attention was: adds nothing to the residual stream."""
+class NoHeads(nn.Module):
+    """Stands where a layer's attention was: adds nothing to the residual stream.
+
+    Transformers lets no one choose the attention implementation of a model whose file defines a
+    module named Attention (`_can_set_attn_implementation`), hence the name.
+    """
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """Zeros of the shape of `hidden_states`, and no attention weights."""
@@ -105,7 +109,7 @@ class _DifferingLayers:
             layer = self.build_layer(own, index)
             skipped = set(getattr(own, "skip", None) or ())
             if "attention" in skipped:
-                setattr(layer, self.attention_name, NoAttention())
+                setattr(layer, self.attention_name, NoHeads())
                 setattr(layer, self.norm_names[0], nn.Identity())
             else:
                 attention = getattr(layer, self.attention_name)

@@ -257,7 +257,7 @@ def _evaluate(
     recipe: Recipe, folder: RunFolder, dense: LoadedModel, pruned: PreTrainedModel, watch: Watch
 ) -> EvalReport:
     """Measure both models; write report.json and README.md."""
-    from llmprune_eval.evaluation import evaluate, generate
+    from llmprune_eval.evaluation import evaluate
     from llmprune_eval.report import to_markdown
 
     report = evaluate(
@@ -268,7 +268,9 @@ def _evaluate(
         folder=folder.model,
         on_progress=watch.on_progress,
     )
-    sample = generate(pruned, dense.tokenizer, recipe.evaluation)
     save_text(report.to_json(), folder.report)
-    save_text(run_card(recipe, dense.origin, sample, to_markdown(report)), folder.file("README.md"))
+    save_text(
+        run_card(recipe, dense.origin, report.samples, to_markdown(report)),
+        folder.file("README.md"),
+    )
     return report

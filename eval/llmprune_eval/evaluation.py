@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.architectures import architecture_of
 from llmprune.checkpoint import folder_bytes, save_pruned
-from llmprune.recipe import Evaluation, ModelSource, PerplexityTask, Recipe, SpeedTask
+from llmprune.recipe import ModelSource, PerplexityTask, Recipe, SpeedTask
 from llmprune.sources import fetch
 from llmprune.texts import corpus_of, read_texts, resolve_text, text_name
 from llmprune_eval.peak_memory import PeakMemory, measure_peak_memory
@@ -46,7 +46,7 @@ def evaluate(
     """
     texts = tuple(
         measure_text(task, dense, pruned, tokenizer, recipe=recipe, on_progress=on_progress)
-        for task in recipe.evaluation.perplexity
+        for task in _different(recipe.evaluation.perplexity)
     )
     task = recipe.evaluation.speed
     speed = None if task is None else compare_speed(task, dense, pruned, on_progress)
@@ -59,6 +59,10 @@ def evaluate(
         pruned=_size(pruned, folder, memory["pruned"]),
         perplexities=texts,
         speed=speed,
+        samples={
+            "dense": generate(dense, tokenizer, recipe.evaluation.prompt),
+            "pruned": generate(pruned, tokenizer, recipe.evaluation.prompt),
+        },
     )
 
 
@@ -129,15 +133,22 @@ def compare_memory(
     return {"dense": dense_memory, "pruned": pruned_memory}
 
 
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation
-) -> str:
-    """The greedy continuation of `evaluation.prompt`, prompt included, 24 new tokens at most."""
-    tokenized = tokenizer(evaluation.prompt, return_tensors="pt").to(model.device)
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The greedy continuation of a prompt, prompt included, 24 new tokens at most."""
+    tokenized = tokenizer(prompt, return_tensors="pt").to(model.device)
     output = model.generate(
         **tokenized, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0
     )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _different(tasks: tuple[PerplexityTask, ...]) -> tuple[PerplexityTask, ...]:
+    """The tasks with their texts resolved; of two that fell back to the same text, the first."""
+    found: dict[tuple[str, int], PerplexityTask] = {}
+    for task in tasks:
+        resolved = resolve_text(task)
+        found.setdefault((text_name(resolved), resolved.window), resolved)
+    return tuple(found.values())
 
 
 def _stored_dense(source: ModelSource, dense: PreTrainedModel, scratch: Path) -> Path:

@@ -50,7 +50,8 @@ class TextResult(_Part):
 class EvalReport(_Part):
     """Size, quality, speed and memory of the pruned model against the dense model.
 
-    `speed` names its models "dense" and "pruned". `environment` is that of `environment()`.
+    `speed` names its models "dense" and "pruned". `environment` is that of `environment()`;
+    `samples` holds a greedy generation of each model.
     """
 
     environment: dict[str, str | int]
@@ -58,6 +59,7 @@ class EvalReport(_Part):
     pruned: ModelSize
     perplexities: tuple[TextResult, ...] = ()
     speed: SpeedReport | None = None
+    samples: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _speed_has_both(self) -> EvalReport:

@@ -260,6 +260,21 @@ def test_the_cache_works_when_the_first_layers_have_no_attention(family):
     assert float((logits(pruned) - masked_logits(model, plan)).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_attention_implementation_of_differing_layers_can_be_chosen(family):
+    model = tiny_model(family, ratio=3)
+    plan = plan_for(model, UNIT_KINDS, differ=True)
+    pruned = cut(model, plan, form="per_layer")
+    pruned.set_attn_implementation("eager")
+    assert pruned.config._attn_implementation == "eager"
+    layers = [m for m in pruned.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
+    assert {layer.config._attn_implementation for layer in layers} == {"eager"}
+    with torch.no_grad():
+        seen = pruned(tokens(), output_attentions=True).attentions
+    assert seen is not None
+    assert float((logits(pruned) - masked_logits(model, plan)).abs().max()) < 1e-4
+
+
 def test_lost_sublayers_are_recorded_as_skip():
     model = tiny_model("llama", layers=4)
     kept = {"attention_sublayers": (1, 2, 3), "mlp_sublayers": (0, 1, 3)}
