@@ -14,11 +14,28 @@ from llmprune.cost import Cost, measure_cost
 from llmprune.errors import InputError
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Budget, KindRule, UnitKind
-from llmprune.units import LayerWidths, UnitGroup, UnitMap, Widths, query_heads_per_group
+from llmprune.units import (
+    BRANCH_KINDS,
+    LayerWidths,
+    UnitGroup,
+    UnitMap,
+    Widths,
+    query_heads_per_group,
+)
 
 SCORES_FORMAT = "llmprune-scores/1"
 # Shares tried when kinds divide a budget; finer than one channel in 4,096.
 SHARES = 4096
+# The order in which kinds are chosen: what holds others comes before them.
+CHOICE_ORDER: tuple[UnitKind, ...] = (
+    "layers",
+    "attention_sublayers",
+    "mlp_sublayers",
+    "kv_groups",
+    "heads",
+    "mlp_channels",
+    "hidden_channels",
+)
 
 
 @dataclass(frozen=True)
@@ -67,17 +84,15 @@ class UnitScores:
         """
         try:
             data = json.loads(text)
-            if data["format"] != SCORES_FORMAT:
-                raise InputError(
-                    f"{name}: format must be {SCORES_FORMAT!r}, got {data['format']!r}"
+            if data["format"] == SCORES_FORMAT:
+                return UnitScores(
+                    scores={k: torch.tensor(v) for k, v in data["scores"].items()},
+                    dropped_at={k: torch.tensor(v) for k, v in data["dropped_at"].items()},
+                    scale={k: torch.tensor(v) for k, v in data["scale"].items()},
                 )
-            return UnitScores(
-                scores={k: torch.tensor(v) for k, v in data["scores"].items()},
-                dropped_at={k: torch.tensor(v) for k, v in data["dropped_at"].items()},
-                scale={k: torch.tensor(v) for k, v in data["scale"].items()},
-            )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{name}: must be a scores file, got: {error!r}") from error
+        raise InputError(f"{name}: format must be {SCORES_FORMAT!r}, got {data['format']!r}")
 
 
 @dataclass(frozen=True)
@@ -122,10 +137,11 @@ def find_targets(
     the rounding of the others left.
 
     Raises:
-        InputError: A `multiple_of` that no count fits, a sparsity that removes nothing, or a
-            budget that no choice meets.
+        InputError: A `multiple_of` that no count fits, a sparsity that removes nothing, a budget
+            that no choice meets, or a kind that the layers have different numbers of.
     """
     _refuse_aliases(unit_map, rules)
+    _refuse_differing(unit_map, rules)
     allowed = {kind: _allowed_counts(unit_map, kind, rule) for kind, rule in rules.items()}
     fixed: dict[UnitKind, int] = {}
     for kind, rule in rules.items():
@@ -193,15 +209,22 @@ def choose(unit_scores: UnitScores, unit_map: UnitMap, targets: Targets) -> Prun
         for group in unit_map.of_kind(kind):
             if len(unit_scores.scores.get(group.name, ())) != group.num_units:
                 raise InputError(f"scores: must hold {group.num_units} scores for {group.name}")
-    for kind, count in targets.counts.items():
+    # what is inside a layer, a sublayer or a KV group is chosen after it
+    for kind in sorted(targets.counts, key=CHOICE_ORDER.index):
+        count = targets.counts[kind]
         groups = [group for group in unit_map.of_kind(kind) if _is_there(group, kept)]
         names = [group.name for group in groups]
         if kind in targets.across:
             ranks = unit_scores.order(names)
-            kept |= _choose_across(unit_map, groups, ranks, count, targets.rules[kind].multiple_of)
+            multiple_of = targets.rules[kind].multiple_of
+            parts = {group.name: _living_competitions(unit_map, group, kept) for group in groups}
+            kept |= _choose_across(parts, ranks, count, multiple_of)
             continue
         for group in groups:
             ranks = unit_scores.order([group.name])
+            if kind in BRANCH_KINDS and "layers" in kept:
+                _rank_last(ranks[group.name], set(range(group.num_units)) - set(kept["layers"]))
+                count = min(count, len(kept["layers"]))
             units: list[int] = []
             for _, start, stop in _competitions(unit_map, group):
                 best = ranks[group.name][start:stop].argsort(descending=True)[:count]
@@ -216,12 +239,31 @@ def choose(unit_scores: UnitScores, unit_map: UnitMap, targets: Targets) -> Prun
 
 
 def _is_there(group: UnitGroup, kept: Mapping[str, tuple[int, ...]]) -> bool:
-    return group.layer is None or "layers" not in kept or group.layer in kept["layers"]
+    """Whether the layer of a group stays, and the sublayer that it is in."""
+    if group.layer is None:
+        return True
+    around = "mlp_sublayers" if group.kind == "mlp_channels" else "attention_sublayers"
+    return all(group.layer in kept[kind] for kind in ("layers", around) if kind in kept)
+
+
+def _rank_last(ranks: Tensor, units: set[int]) -> None:
+    """Put units below all others, in place."""
+    ranks[sorted(units)] -= len(ranks)
+
+
+def _living_competitions(
+    unit_map: UnitMap, group: UnitGroup, kept: Mapping[str, tuple[int, ...]]
+) -> list[tuple[int, int]]:
+    """`(start, stop)` of every competition of a group but those in KV groups that went."""
+    parts = [(start, stop) for _, start, stop in _competitions(unit_map, group)]
+    if group.kind != "heads" or len(parts) == 1:
+        return parts
+    kv_groups = kept.get(f"layers.{group.layer}.kv_groups", tuple(range(len(parts))))
+    return [parts[index] for index in kv_groups]
 
 
 def _choose_across(
-    unit_map: UnitMap,
-    groups: list[UnitGroup],
+    parts: Mapping[str, list[tuple[int, int]]],
     ranks: Mapping[str, Tensor],
     count: int,
     multiple_of: int,
@@ -229,25 +271,26 @@ def _choose_across(
     """Fill layers bundle by bundle, best first; every layer keeps at least its first bundle.
 
     A bundle is the next `multiple_of` best units of a layer (for heads: the next best of every KV
-    group), so a layer's widths stay aligned and its KV groups equal.
+    group), so a layer's widths stay aligned and its KV groups equal. Where a bundle no longer fits
+    its layer is full, so the total falls short of `count` a layer by less than a bundle.
     """
     bundles = []
-    for order, group in enumerate(groups):
-        parts = [
-            (ranks[group.name][start:stop].argsort(descending=True) + start).tolist()
-            for _, start, stop in _competitions(unit_map, group)
-        ]
-        step = max(1, multiple_of // len(parts))
-        for first in range(0, len(parts[0]), step):
-            units = [unit for part in parts for unit in part[first : first + step]]
-            mean = sum(int(ranks[group.name][unit]) for unit in units) / len(units)
-            bundles.append((first > 0, -mean, order, first, units))
-    budget = count * sum(len(_competitions(unit_map, group)) for group in groups)
-    chosen: dict[str, list[int]] = {group.name: [] for group in groups}
-    for is_extra, _, order, _, units in sorted(bundles):
-        if is_extra and len(units) > budget:
+    for name, own in parts.items():
+        best = [(ranks[name][a:b].argsort(descending=True) + a).tolist() for a, b in own]
+        step = math.lcm(multiple_of, len(best)) // len(best)
+        for first in range(0, len(best[0]), step):
+            units = [unit for part in best for unit in part[first : first + step]]
+            mean = sum(int(ranks[name][unit]) for unit in units) / len(units)
+            bundles.append((first > 0, -mean, name, units))
+    budget = count * sum(len(own) for own in parts.values())
+    chosen: dict[str, list[int]] = {name: [] for name in parts}
+    full: set[str] = set()
+    # ranks are distinct, so means tie only by chance; the sort is stable, by layer
+    for is_extra, _, name, units in sorted(bundles, key=lambda bundle: bundle[:2]):
+        if is_extra and (name in full or len(units) > budget):
+            full.add(name)
             continue
-        chosen[groups[order].name] += units
+        chosen[name] += units
         budget -= len(units)
     return {name: tuple(sorted(units)) for name, units in chosen.items()}
 
@@ -269,6 +312,17 @@ def _refuse_aliases(unit_map: UnitMap, rules: Mapping[UnitKind, KindRule]) -> No
             "prune: must name heads or kv_groups, not both, for a model with one query head per "
             "key-value head: they are the same units"
         )
+
+
+def _refuse_differing(unit_map: UnitMap, rules: Mapping[UnitKind, KindRule]) -> None:
+    for kind in rules:
+        groups = unit_map.of_kind(kind)
+        sizes = {(group.num_units, len(_competitions(unit_map, group))) for group in groups}
+        if len(sizes) > 1:
+            raise InputError(
+                f"prune.{kind}: must be equally many in every layer, got {min(sizes)[0]} to "
+                f"{max(sizes)[0]}; prune the dense model instead, or other kinds"
+            )
 
 
 def _allowed_counts(unit_map: UnitMap, kind: UnitKind, rule: KindRule) -> list[int]:

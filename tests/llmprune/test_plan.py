@@ -131,7 +131,9 @@ def test_a_plan_for_another_model_is_refused(llama, other, key):
 @pytest.mark.parametrize("kept", [(-1, 2), (0, 40), (3, 2), (2, 2)])
 def test_indices_ascend_and_are_there(llama, kept):
     message = refusal(llama, {"layers.0.mlp_channels": kept})
-    assert message.startswith("plan: kept.layers.0.mlp_channels must be ascending indices in [0, 40")
+    assert message.startswith(
+        "plan: kept.layers.0.mlp_channels must be ascending indices in [0, 40"
+    )
     assert str(list(kept)) in message
 
 

@@ -373,7 +373,7 @@ def test_per_layer_models_load_without_remote_code(tmp_path):
 
 def per_layer_refusal(model, kinds, *, differ=False):
     plan = plan_for(model, kinds, differ=differ)
-    with pytest.raises(InputError, match="export.format: per_layer") as refusal:
+    with pytest.raises(InputError, match=r"export\.format: per_layer") as refusal:
         cut(model, plan)
     unit_map = map_units(model)
     with pytest.raises(InputError) as early:

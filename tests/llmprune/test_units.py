@@ -85,7 +85,9 @@ def test_a_units_parameters_are_what_cutting_it_saves(family, kind):
     else:
         removed = {group.name: (0,) for group in unit_map.of_kind(kind)}
     groups = [unit_map.groups[name] for name in removed]
-    kept = {g.name: tuple(u for u in range(g.num_units) if u not in removed[g.name]) for g in groups}
+    kept = {
+        g.name: tuple(u for u in range(g.num_units) if u not in removed[g.name]) for g in groups
+    }
     plan = plan_for(model, ())
     plan.kept.update(kept)
     before, after = (

@@ -23,9 +23,19 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2")
 VOCAB = 61
 
 
-def tiny_model(family, *, ratio=2, tied=False, biased=False, layers=3, dtype=torch.float64, seed=0):
-    """A random model: 2 KV groups of `ratio` query heads (GPT-2: 4 heads), head_dim 8."""
-    heads = 2 * ratio
+def tiny_model(
+    family,
+    *,
+    ratio=2,
+    kv_groups=2,
+    tied=False,
+    biased=False,
+    layers=3,
+    dtype=torch.float64,
+    seed=0,
+):
+    """A random model: KV groups of `ratio` query heads (GPT-2: as many heads), head_dim 8."""
+    heads = kv_groups * ratio
     shared = {
         "vocab_size": VOCAB,
         "tie_word_embeddings": tied,
@@ -49,7 +59,7 @@ def tiny_model(family, *, ratio=2, tied=False, biased=False, layers=3, dtype=tor
             "hidden_size": 8 * heads,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": 2,
+            "num_key_value_heads": kv_groups,
             "intermediate_size": 40,
             "max_position_embeddings": 64,
         }
