@@ -82,6 +82,7 @@ def prune(
     from llmprune.display import progress_bars
     from llmprune.pipeline import prune as run
 
+    _quieten_transformers()
     folder = out or Path("runs") / recipe.stem
     with progress_bars(console) as on_progress:
         result = run(read, folder, resume=resume, on_progress=on_progress)
@@ -164,6 +165,7 @@ def _measure(folder: Path, recipe: Recipe, *, json: bool, perplexity, speed) -> 
     from llmprune.checkpoint import MODEL_FOLDER
     from llmprune.display import progress_bars
 
+    _quieten_transformers()
     evaluation = recipe.evaluation.model_copy(update={"perplexity": perplexity, "speed": speed})
     recipe = recipe.model_copy(update={"evaluation": evaluation})
     dense, pruned = _both_models(folder, recipe)
@@ -180,6 +182,14 @@ def _measure(folder: Path, recipe: Recipe, *, json: bool, perplexity, speed) -> 
         typer.echo(report.to_json())
     else:
         console.print(render_table(report))
+
+
+def _quieten_transformers() -> None:
+    """Leave the screen to this program's own progress."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def _both_models(folder: Path, recipe: Recipe) -> tuple[LoadedModel, PreTrainedModel]:

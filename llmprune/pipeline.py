@@ -111,8 +111,10 @@ def prune(
     is_main = watch.accelerator.is_main_process
     with watch.accelerator.main_process_first():
         folder = RunFolder.begin(Path(out), recipe, resume=resume or not is_main)
+    on_progress("load the dense model", 0, 1)
     dense = load_dense(recipe.model)
     dense.model.to(watch.accelerator.device)
+    on_progress("load the dense model", 1, 1)
     unit_map = map_units(dense.model)
     targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
     check_form(dense.model, unit_map, target_widths(unit_map, targets.counts), recipe.export.format)
@@ -240,6 +242,7 @@ def _cut_and_recover(
             accelerator=watch.accelerator,
             teacher=dense.model,
             on_step=watch.steps("recovery", folder),
+            first_row=0 if refit is None else refit.num_rows,
         )
     cast_parameters(pruned, dtype)
     if not is_final:

@@ -1,8 +1,8 @@
 """Least-squares refit of the projections that write to the residual stream, after the cut.
 
 Layer by layer, on the pruned model's own activations: the weights of a write projection (o_proj,
-down_proj) are moved to where the pruned residual stream after it is nearest to what the dense layer
-would have made of the same stream. A layer that is gone altogether is part of the next one's target.
+down_proj) are moved to where the residual stream after it is nearest to what the dense layer would
+have made of the same stream. A layer that is gone altogether is part of the next one's target.
 Ridge regression towards the cut weights, normal equations summed in float64: the refit that group
 OMP does after every choice (arXiv 2209.14881).
 
@@ -199,21 +199,18 @@ class _Streams:
 def _refit(
     write: Any, read: list[Tensor], streams: list[Tensor], wanted: list[Tensor], ridge: float
 ) -> None:
-    """Move `write` so that stream + write(read) comes nearest to `wanted`, token by token.
+    """Move `write` so that stream + write(read) comes nearest to `wanted` over all tokens.
 
-    Each token counts by the inverse square of its wanted norm: what follows is a norm, so errors
-    matter relative to it, and the few tokens with massive activations (the first of a row) would
-    outweigh all others.
+    Weighing tokens by their norm, against the few with massive activations, made no difference
+    (60.2 with, 60.0 without, in the setting above).
     """
     gram: Tensor | None = None
     cross: Tensor | None = None
     for value, stream, target in zip(read, streams, wanted, strict=True):
         error = (target - stream - write(value)).flatten(0, -2).double()
-        weight = 1 / target.flatten(0, -2).double().norm(dim=-1, keepdim=True).clamp(min=1e-6)
         inputs = value.flatten(0, -2).double()
         if write.bias is not None:
             inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
-        inputs, error = inputs * weight, error * weight
         gram = inputs.T @ inputs if gram is None else gram + inputs.T @ inputs
         cross = inputs.T @ error if cross is None else cross + inputs.T @ error
     assert gram is not None

@@ -177,6 +177,7 @@ def recover(
     accelerator: Accelerator,
     teacher: PreTrainedModel | None,
     on_step: OnStep,
+    first_row: int = 0,
 ) -> None:
     """Train the pruned model's weights for a while, in place; adapters are merged at the end.
 
@@ -187,6 +188,8 @@ def recover(
         accelerator: Of this run.
         teacher: The dense model; needed where `recipe.recovery.loss` is distillation.
         on_step: Called after every step.
+        first_row: Where in the calibration set to begin: a reconstruction fits the rows that it
+            saw so closely that they have little left to teach.
     """
     settings = recipe.recovery
     weights = TrainedWeights(model, settings.train, settings.lora_rank, recipe.seed)
@@ -195,6 +198,7 @@ def recover(
         groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     batches = Batches(accelerator, calibration_set, settings, recipe.training)
+    offset = first_row // settings.batch_size
 
     def teach(rows: Tensor) -> Tensor:
         assert teacher is not None
@@ -204,7 +208,7 @@ def recover(
     with _checkpointing(model, recipe.training):
         for step in range(settings.steps):
             _set_rate(optimizer, "weights", settings.learning_rate, step, settings.steps)
-            loss = batches.train_step(step, optimizer, loss_of)
+            loss = batches.train_step(step + offset, optimizer, loss_of)
             on_step(step + 1, settings.steps, loss)
     weights.finish()
 

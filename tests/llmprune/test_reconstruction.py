@@ -20,31 +20,31 @@ def batches(seed=3):
 
 
 def last_stream(model):
-    """The residual stream after the last layer, each token by its norm."""
+    """The residual stream after the last layer, on the calibration rows."""
     inner = model.get_submodule(model.base_model_prefix)
     norm = inner.norm if hasattr(inner, "norm") else inner.ln_f
     seen = []
     handle = norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
-        model(tiny.tokens(batch=8, length=16, seed=77))
+        model(torch.cat(batches()))
     handle.remove()
     return seen[0]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("kinds", [("mlp_channels",), ("heads", "mlp_channels"), ("layers",)])
-def test_refit_brings_the_stream_nearer_to_the_dense_one(family, kinds):
-    dense = tiny.tiny_model(family, ratio=2)
+@pytest.mark.parametrize(
+    ("kinds", "layers"), [(("mlp_channels",), 1), (("heads", "mlp_channels"), 1), (("layers",), 2)]
+)
+def test_refit_brings_the_stream_nearer_to_the_dense_one(family, kinds, layers):
+    dense = tiny.tiny_model(family, ratio=2, layers=layers)
     unit_map = map_units(dense)
     plan = tiny.plan_for(dense, kinds)
     pruned = cut(dense, plan, form="per_layer")
     wanted = last_stream(dense)
-    weight = 1 / wanted.norm(dim=-1, keepdim=True)
-    before = ((last_stream(pruned) - wanted) * weight).norm()
+    before = (last_stream(pruned) - wanted).norm()
     reconstruct(pruned, dense, unit_map, plan, batches=batches(), ridge=1e-3)
-    after = ((last_stream(pruned) - wanted) * weight).norm()
     # units of a random model share little, so most of the error stays
-    assert after < 0.995 * before
+    assert (last_stream(pruned) - wanted).norm() < 0.98 * before
 
 
 def test_refit_of_an_uncut_model_changes_nothing():
