@@ -32,13 +32,14 @@ def last_stream(model):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize(
-    ("kinds", "layers"), [(("mlp_channels",), 1), (("heads", "mlp_channels"), 1), (("layers",), 2)]
-)
-def test_refit_brings_the_stream_nearer_to_the_dense_one(family, kinds, layers):
-    dense = tiny.tiny_model(family, ratio=2, layers=layers)
+@pytest.mark.parametrize("kinds", [("mlp_channels",), ("heads", "mlp_channels"), ("layers",)])
+def test_refit_brings_the_stream_nearer_to_the_dense_one(family, kinds):
+    dense = tiny.tiny_model(family, ratio=2, layers=2 if kinds == ("layers",) else 1)
     unit_map = map_units(dense)
     plan = tiny.plan_for(dense, kinds)
+    if kinds == ("layers",):
+        # the kept layer can make up for one before it, not for one after it
+        plan = PrunePlan(model=plan.model, kept={"layers": (1,)})
     pruned = cut(dense, plan, form="per_layer")
     wanted = last_stream(dense)
     before = (last_stream(pruned) - wanted).norm()
