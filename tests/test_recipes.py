@@ -1,0 +1,56 @@
+"""Every recipe file is read, planned on a tiny model of its family, and its shape built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from llmprune.recipe import Recipe
+from llmprune.selection import UnitScores, choose, find_targets
+from llmprune.surgery import cut
+from llmprune.units import map_units
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+FAMILY = {"smollm2": "llama", "qwen3": "qwen3", "llama": "llama", "gpt2": "gpt2"}
+
+
+def small_model(path):
+    """Wide enough for every multiple_of in the recipes, otherwise as small as can be."""
+    family = FAMILY[path.stem.partition("-")[0]]
+    if family == "gpt2":
+        options = {"n_embd": 64, "n_layer": 2, "n_head": 8, "n_inner": 2048, "n_positions": 32}
+    else:
+        options = {
+            "hidden_size": 64,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "intermediate_size": 8192,
+            "head_dim": 8,
+        }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](vocab_size=64, **options)).eval()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_read_and_planned(path):
+    recipe = Recipe.read(path)
+    model = small_model(path)
+    unit_map = map_units(model)
+    targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
+    scores = UnitScores({g.name: torch.rand(g.num_units) for g in unit_map.groups.values()})
+    plan = choose(scores, unit_map, targets)
+    pruned = cut(model, plan, form=recipe.export.format)
+    before = sum(p.numel() for p in model.get_submodule(unit_map.architecture.layers).parameters())
+    after = sum(p.numel() for p in pruned.get_submodule(unit_map.architecture.layers).parameters())
+    assert 1 - after / before == pytest.approx(recipe.budget.sparsity, abs=recipe.budget.tolerance)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_saved_recipe_reads_back_equal(path, tmp_path):
+    recipe = Recipe.read(path)
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.read(copy) == recipe
