@@ -20,7 +20,7 @@ def small_model(path):
     """Wide enough for every multiple_of in the recipes, otherwise as small as can be."""
     family = FAMILY[path.stem.partition("-")[0]]
     if family == "gpt2":
-        options = {"n_embd": 64, "n_layer": 2, "n_head": 8, "n_inner": 2048, "n_positions": 32}
+        options = {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_inner": 2048, "n_positions": 32}
     else:
         options = {
             "hidden_size": 64,
