@@ -55,7 +55,12 @@ class Gates:
         self.values.update(values)
 
     def set_plan(self, plan: PrunePlan) -> None:
-        """Close what the plan removes: gates 0 there, the plan's scale (or 1) elsewhere."""
+        """Close what the plan removes: gates 0 there, the plan's scale (or 1) elsewhere.
+
+        Raises:
+            InputError: The plan is not for this model.
+        """
+        plan.validate(self.unit_map)
         values = {}
         for name in self.group_names:
             group = self.unit_map.groups[name]

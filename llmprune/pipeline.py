@@ -107,14 +107,15 @@ def prune(
     Raises:
         InputError: Anything a user can cause; the folder then holds whole files only.
     """
-    watch = Watch(start_accelerator(recipe.training, recipe.seed), on_progress)
-    is_main = watch.accelerator.is_main_process
+    accelerator = start_accelerator(recipe.training, recipe.seed)
+    is_main = accelerator.is_main_process
+    watch = Watch(accelerator, on_progress if is_main else silent)
     with watch.accelerator.main_process_first():
         folder = RunFolder.begin(Path(out), recipe, resume=resume or not is_main)
-    on_progress("load the dense model", 0, 1)
+    watch.on_progress("load the dense model", 0, 1)
     dense = load_dense(recipe.model)
     dense.model.to(watch.accelerator.device)
-    on_progress("load the dense model", 1, 1)
+    watch.on_progress("load the dense model", 1, 1)
     unit_map = map_units(dense.model)
     targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
     check_form(dense.model, unit_map, target_widths(unit_map, targets.counts), recipe.export.format)

@@ -109,8 +109,14 @@ class RunFolder:
     def add_to_log(self, phase: str, step: int, loss: float) -> None:
         """Append one step to the log."""
         row = {"phase": phase, "step": step, "loss": loss}
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{self.log.name}: could not be written ({error.strerror}); make room, "
+                "then --resume"
+            ) from error
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: str) -> str:

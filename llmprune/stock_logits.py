@@ -94,6 +94,7 @@ def main() -> None:
         "missing_keys": sorted(set(info["missing_keys"]) - tied),
         "unexpected_keys": sorted(info["unexpected_keys"]),
         "llmprune_imported": "llmprune" in sys.modules,
+        "largest_logit": float(tensors["float32"].abs().max()),
         "max_abs_difference": found,
     }
     print(json.dumps(note))

@@ -5,6 +5,7 @@ import torch
 
 from llmprune.errors import InputError
 from llmprune.gates import attach_gates
+from llmprune.plan import PrunePlan
 from llmprune.recipe import UNIT_KINDS
 from llmprune.units import map_units
 from tests.llmprune.tiny import FAMILIES, logits, plan_for, tiny_model, use_double_norms
@@ -191,3 +192,15 @@ def test_the_layer_norm_of_a_gated_stream_ignores_closed_channels():
     )
     torch.testing.assert_close(output[..., 1::2], kept, atol=1e-12, rtol=0)
     assert not output[..., ::2].any()
+
+
+def test_a_plan_that_does_not_fit_is_refused_and_nothing_is_set():
+    model = tiny_model("llama")
+    gates = attached(model)
+    signature = gates.unit_map.signature()
+    for kept in ({"layers": (0, 9)}, {"layers.0.heads": ()}, {"layers.9.heads": (0,)}):
+        with pytest.raises(InputError, match=r"^plan: "):
+            gates.set_plan(PrunePlan(model=signature, kept=kept))
+    with pytest.raises(InputError, match="must be for this model"):
+        gates.set_plan(plan_for(tiny_model("qwen2"), ("layers",)))
+    assert not gates.values

@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import OPTConfig, OPTForCausalLM
+
+from llmprune import cli, training
+from llmprune.plan import PrunePlan
+from llmprune.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+SENTENCE = "the cat sat on the mat\n"
+
+
+@pytest.fixture
+def recipe_file(tiny_folder, tmp_path):
+    """A recipe that takes a second: 2 rounds of 2 layers, half the MLP channels."""
+    text = tmp_path / "text.txt"
+    text.write_text(SENTENCE * 100)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"source": str(tiny_folder)},
+                "calibration": {"dataset": str(text), "num_rows": 8, "row_length": 16},
+                "prune": {"mlp_channels": {"sparsity": 0.5}},
+                "gates": {"steps": 4},
+                "evaluation": {"speed": None, "prompt": "the cat"},
+            }
+        )
+    )
+    return file
+
+
+def call(monkeypatch, *arguments):
+    """Run the command line in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["llmprune", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0
+
+
+def environment():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "eval")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def call_elsewhere(*arguments, **options):
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "llmprune.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), **options)
+
+
+def refusal(monkeypatch, capfd, *arguments):
+    """The one line on stderr of a command that the user got wrong."""
+    capfd.readouterr()
+    assert call(monkeypatch, *arguments) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("llmprune: ")
+    assert "Traceback" not in lines[0]
+    return lines[0].removeprefix("llmprune: ")
+
+
+def assert_only_whole_files(folder):
+    """No temporary files, and every file there reads as what its name says."""
+    if not folder.exists():
+        return
+    for file in folder.rglob("*"):
+        assert ".tmp" not in file.name
+        if file.suffix == ".yaml":
+            Recipe.read(file)
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        if file.suffix == ".jsonl":
+            assert all(json.loads(line) for line in file.read_text().splitlines())
+        if file.suffix == ".safetensors":
+            load_file(file)
+        if file.name == "plan.json":
+            PrunePlan.read(file)
+
+
+# what answers at once
+
+
+def test_help_answers_without_torch():
+    code = "import sys\nsys.argv = ['llmprune', '--help']\nfrom llmprune import cli\n"
+    code += "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+    code += (
+        "slow = {'torch', 'transformers', 'accelerate', 'datasets', 'numpy'} & set(sys.modules)\n"
+    )
+    code += "assert not slow, slow\n"
+    start = time.perf_counter()
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment()
+    )
+    assert child.returncode == 0, child.stderr
+    for command in ("inspect", "prune", "verify", "eval", "bench"):
+        assert command in child.stdout
+    # 0.5 s alone on two cores
+    assert time.perf_counter() - start < 4
+
+
+def test_a_wrong_recipe_is_refused_without_torch(tmp_path):
+    code = "import sys\nsys.argv = ['llmprune', 'prune', 'absent.yaml']\nfrom llmprune import cli\n"
+    code += "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert stop.code == 2\n"
+    code += "assert 'torch' not in sys.modules\n"
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=tmp_path,
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stderr == "llmprune: absent.yaml: no such recipe file\n"
+
+
+def test_inspect_prints_json(monkeypatch, capfd, tiny_folder):
+    assert call(monkeypatch, "inspect", tiny_folder, "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["model"]["num_attention_heads"] == 4
+    assert found["model"]["intermediate_size"] == 24
+    assert found["kinds"]
+
+
+def test_inspect_needs_no_weights(monkeypatch, capfd, tiny_folder):
+    (tiny_folder / "model.safetensors").unlink()
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(monkeypatch, "inspect", tiny_folder) == 0
+    shown = capfd.readouterr().out
+    for kind in ("heads", "kv_groups", "mlp_channels", "hidden_channels", "layers"):
+        assert kind in shown
+
+
+def test_a_dry_run_trains_and_writes_nothing(monkeypatch, capfd, recipe_file, tmp_path):
+    def never(*args, **options):
+        raise AssertionError("a dry run must not train")
+
+    monkeypatch.setattr(training.Batches, "train_step", never)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert call(monkeypatch, "prune", recipe_file, "--dry-run", "--out", tmp_path / "out") == 0
+    assert "24" in capfd.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(monkeypatch, capfd, recipe_file):
+    line = refusal(
+        monkeypatch,
+        capfd,
+        "prune",
+        recipe_file,
+        "--dry-run",
+        "--set",
+        "prune.mlp_channels.multiple_of=25",
+    )
+    assert "prune.mlp_channels.multiple_of must fit into the 24 units" in line
+
+
+# the way through
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_verified_model_that_every_command_takes(
+    monkeypatch, capfd, recipe_file, tmp_path
+):
+    out = tmp_path / "out"
+    assert call(monkeypatch, "prune", recipe_file, "--out", out) == 0
+    names = {file.name for file in out.iterdir()}
+    assert names >= {"recipe.yaml", "scores.json", "plan.json", "model", "report.json", "README.md"}
+    assert names >= {"verification.json", "log.jsonl"}
+    assert not {name for name in names if name.startswith((".", "gates", "weights"))}
+    assert_only_whole_files(out)
+    plan = PrunePlan.read(out / "plan.json")
+    assert len(plan.kept["layers.0.mlp_channels"]) == 12
+    assert json.loads((out / "model" / "config.json").read_text())["intermediate_size"] == 12
+    capfd.readouterr()
+    assert call(monkeypatch, "verify", out) == 0
+    assert "LlamaForCausalLM reloads" in capfd.readouterr().out
+    text = tmp_path / "other.txt"
+    text.write_text("the mat sat on the cat\n" * 50)
+    assert call(monkeypatch, "eval", out, "--text", text, "--window", "16", "--json") == 0
+    json.loads(capfd.readouterr().out)
+    assert call(monkeypatch, "inspect", out / "model", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["model"]["intermediate_size"] == 12
+
+
+@pytest.mark.slow
+def test_a_plan_written_by_hand_is_cut(monkeypatch, capfd, recipe_file, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert call(monkeypatch, "prune", recipe_file, "--out", first) == 0
+    plan = PrunePlan.read(first / "plan.json")
+    mine = {"layers.0.mlp_channels": tuple(range(7)), "layers.1.mlp_channels": tuple(range(7))}
+    second.mkdir()
+    shutil.copy(first / "recipe.yaml", second)
+    (second / "plan.json").write_text(PrunePlan(model=plan.model, kept=mine).to_json())
+    assert call(monkeypatch, "prune", recipe_file, "--out", second, "--resume") == 0
+    assert json.loads((second / "model" / "config.json").read_text())["intermediate_size"] == 7
+    assert not (second / "scores.json").exists()
+
+
+# what a user can get wrong
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("prune.chanels.sparsity=0.5", "unknown key prune.chanels"),
+        ("gates.stepps=3", "unknown key gates.stepps"),
+        ("prune.mlp_channels.sparsity=1.0", "less than 1, got 1.0"),
+        ("prune.mlp_channels.sparsity=-0.1", "greater than or equal to 0, got -0.1"),
+        ("prune.mlp_channels.sparsity=much", "prune.mlp_channels.sparsity"),
+        ("calibration.num_rows=0", "calibration.num_rows"),
+        ("gates.sparsify=0.3", "dense + sparsify + sparse must be 1"),
+        ("budget.sparsity=0.5", "budget has no kind to act on"),
+        ("prune.mlp_channels.scope=model", "needs export.format: per_layer"),
+        ("nonsense", "--set takes dotted.key=value, got 'nonsense'"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_is_written(
+    monkeypatch, capfd, recipe_file, tmp_path, setting, message
+):
+    out = tmp_path / "out"
+    line = refusal(monkeypatch, capfd, "prune", recipe_file, "--out", out, "--set", setting)
+    assert message in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["prune.mlp_channels.multiple_of=25"], "multiple_of must fit into the 24 units"),
+        (
+            ["prune.mlp_channels.sparsity=null", "budget.sparsity=0.9"],
+            "the nearest that mlp_channels can reach is",
+        ),
+        (["prune.layers.sparsity=0.1"], "sparsity must remove something"),
+        (["prune.attention_sublayers.sparsity=0.5"], "use export.format: per_layer"),
+        (["calibration.row_length=5000"], "must fill a row of 5000 tokens"),
+        (["calibration.num_rows=5000"], "calibration.num_rows must be at most"),
+        (["calibration.dataset=absent.txt"], "absent.txt"),
+        (["model.source=./absent"], "absent"),
+    ],
+)
+def test_what_the_model_or_the_text_can_not_do_is_refused(
+    monkeypatch, capfd, recipe_file, tmp_path, settings, message
+):
+    out = tmp_path / "out"
+    options = [part for setting in settings for part in ("--set", setting)]
+    line = refusal(monkeypatch, capfd, "prune", recipe_file, "--out", out, *options)
+    assert message in line
+    assert_only_whole_files(out)
+    assert {file.name for file in out.iterdir()} <= {"recipe.yaml"}
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_text_is_refused(monkeypatch, capfd, recipe_file, tmp_path, content):
+    (tmp_path / "text.txt").write_text(content)
+    line = refusal(monkeypatch, capfd, "prune", recipe_file, "--out", tmp_path / "out")
+    assert "text.txt" in line or "calibration" in line
+
+
+def test_truncated_weights_are_refused(monkeypatch, capfd, recipe_file, tiny_folder, tmp_path):
+    weights = tiny_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    line = refusal(monkeypatch, capfd, "prune", recipe_file, "--out", tmp_path / "out")
+    assert "model.safetensors" in line
+    assert_only_whole_files(tmp_path / "out")
+
+
+def test_an_unsupported_model_type_is_refused(
+    monkeypatch, capfd, recipe_file, tiny_folder, tmp_path
+):
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
+    config = OPTConfig(vocab_size=8, num_attention_heads=2, **sizes)
+    OPTForCausalLM(config).save_pretrained(tiny_folder)
+    for arguments in (("inspect", tiny_folder), ("prune", recipe_file, "--out", tmp_path / "out")):
+        line = refusal(monkeypatch, capfd, *arguments)
+        assert "model_type must be one of gpt2, llama" in line
+        assert "got 'opt'" in line
+
+
+def hand_written(recipe_file, out, plan):
+    out.mkdir()
+    (out / "recipe.yaml").write_text(Recipe.read(recipe_file).to_yaml())
+    (out / "plan.json").write_text(plan)
+
+
+MODEL = {
+    "family": "llama",
+    "hidden_size": 16,
+    "head_dim": 4,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "kept", "message"),
+    [
+        ({"hidden_size": 32}, {}, "plan: must be for this model, which has hidden_size 16"),
+        ({"num_hidden_layers": 5}, {"layers": [0, 4]}, "must be for this model"),
+        ({}, {"layers.0.mlp_channels": [3, 99]}, "must be ascending indices in [0, 24)"),
+        ({}, {"layers.7.mlp_channels": [3]}, "kept.layers.7.mlp_channels must name a unit group"),
+        ({}, {"layers.0.heads": [0, 1, 2]}, "same number of query heads"),
+        ({}, {"layers.0.mlp_channels": []}, "must keep at least one unit"),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_model_is_refused(
+    monkeypatch, capfd, recipe_file, tmp_path, model, kept, message
+):
+    out = tmp_path / "out"
+    plan = {"format": "llmprune-plan/1", "model": MODEL | model, "kept": kept}
+    hand_written(recipe_file, out, json.dumps(plan))
+    line = refusal(monkeypatch, capfd, "prune", recipe_file, "--out", out, "--resume")
+    assert message in line
+    assert {file.name for file in out.iterdir()} == {"recipe.yaml", "plan.json"}
+
+
+@pytest.mark.parametrize("plan", ["", "{", "[]", '{"format": "llmprune-plan/1"}'])
+def test_a_plan_that_is_none_is_refused_by_file(monkeypatch, capfd, recipe_file, tmp_path, plan):
+    hand_written(recipe_file, tmp_path / "out", plan)
+    line = refusal(monkeypatch, capfd, "prune", recipe_file, "--out", tmp_path / "out", "--resume")
+    assert "out/plan.json: " in line
+
+
+def test_an_output_folder_with_other_files_is_refused_and_left_alone(
+    monkeypatch, capfd, recipe_file, tmp_path
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    for options in ((), ("--resume",)):
+        line = refusal(monkeypatch, capfd, "prune", recipe_file, "--out", out, *options)
+        assert "--out must be empty or new" in line
+        assert [file.name for file in out.iterdir()] == ["thesis.tex"]
+    file = tmp_path / "file"
+    file.write_text("")
+    line = refusal(monkeypatch, capfd, "prune", recipe_file, "--out", file)
+    assert "must be a folder" in line
+    line = refusal(monkeypatch, capfd, "prune", recipe_file, "--out", file / "inside")
+    assert "--out can't be made" in line or "must be a folder" in line
+
+
+def test_another_run_is_not_overwritten_nor_taken_up(monkeypatch, capfd, recipe_file, tmp_path):
+    out = tmp_path / "out"
+    hand_written(recipe_file, out, "{}")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    line = refusal(monkeypatch, capfd, "prune", recipe_file, "--out", out)
+    assert "already holds a run; take it up with --resume" in line
+    other = ("--resume", "--set", "seed=1")
+    line = refusal(monkeypatch, capfd, "prune", recipe_file, "--out", out, *other)
+    assert "--resume needs the recipe that began the run" in line
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["verify", "eval", "bench"])
+def test_a_folder_that_prune_did_not_write_is_refused(monkeypatch, capfd, tmp_path, command):
+    line = refusal(monkeypatch, capfd, command, tmp_path)
+    assert "must be a folder that prune wrote" in line
+
+
+@pytest.mark.slow
+def test_a_changed_model_fails_verification(monkeypatch, capfd, recipe_file, tmp_path):
+    out = tmp_path / "out"
+    assert call(monkeypatch, "prune", recipe_file, "--out", out) == 0
+    file = out / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"] += 0.01
+    save_file(tensors, file, metadata={"format": "pt"})
+    line = refusal(monkeypatch, capfd, "verify", out)
+    assert "must give the recorded logits within 0.0001" in line
+    file.write_bytes(file.read_bytes()[:-8])
+    assert "must load with stock transformers" in refusal(monkeypatch, capfd, "verify", out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "settings"),
+    [
+        # what is too long first: the recipe; the state of the gates; the weights
+        (200, []),
+        (1500, ["training.save_every=1"]),
+        (9000, ["training.save_every=1"]),
+        # the log, a line at a time
+        (2500, ["gates.steps=100", "training.save_every=1000"]),
+    ],
+)
+def test_a_full_disk_leaves_whole_files_and_the_run_can_go_on(
+    recipe_file, tmp_path, limit, settings
+):
+    """No file may grow beyond the limit: a write fails as it does on a full disk."""
+
+    def fill_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    out = tmp_path / "out"
+    options = [part for setting in settings for part in ("--set", setting)]
+    arguments = ("prune", recipe_file, "--out", out, *options)
+    child = call_elsewhere(*arguments, preexec_fn=fill_disk)
+    assert child.returncode == 2, child.stderr
+    assert "Traceback" not in child.stderr
+    last = child.stderr.splitlines()[-1]
+    assert last.startswith("llmprune: ")
+    assert "could not be written" in last
+    assert_only_whole_files(out)
+    child = call_elsewhere(*arguments, "--resume")
+    assert child.returncode == 0, child.stderr
+    assert (out / "README.md").is_file()
+    assert_only_whole_files(out)
+
+
+@pytest.mark.slow
+def test_a_refusal_is_one_line_on_stderr_and_nothing_else(recipe_file, tmp_path):
+    settings = {
+        "prune.mlp_channels.multiple_of=25": "multiple_of",
+        "calibration.row_length=5000": "5000 tokens",
+    }
+    for setting, message in settings.items():
+        out = tmp_path / setting[:5]
+        child = call_elsewhere("prune", recipe_file, "--out", out, "--set", setting)
+        assert child.returncode == 2
+        assert len(child.stderr.splitlines()) == 1
+        assert message in child.stderr
