@@ -159,11 +159,10 @@ def bench(
 
 
 def _measure(folder: Path, recipe: Recipe, *, json: bool, perplexity, speed) -> None:  # type: ignore[no-untyped-def]
-    from llmprune_eval.evaluation import evaluate as run
-    from llmprune_eval.report import render_table
-
     from llmprune.checkpoint import MODEL_FOLDER
     from llmprune.display import progress_bars
+    from llmprune_eval.evaluation import evaluate as run
+    from llmprune_eval.report import render_table
 
     _quieten_transformers()
     evaluation = recipe.evaluation.model_copy(update={"perplexity": perplexity, "speed": speed})

@@ -41,8 +41,9 @@ from llmprune.verification import largest_difference, record_reference, referenc
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from llmprune_eval.report import EvalReport
     from transformers import PreTrainedModel
+
+    from llmprune_eval.report import EvalReport
 
 Item = TypeVar("Item")
 # task, done, of how many

@@ -2,6 +2,7 @@ import itertools
 import math
 
 import pytest
+
 from llmprune_eval.intervals import make_ratio, median_ratio, student_t
 
 

@@ -2,10 +2,10 @@ import os
 import sys
 
 import pytest
-from llmprune_eval import peak_memory
-from llmprune_eval.peak_memory import measure_peak_memory
 
 from llmprune.errors import InputError
+from llmprune_eval import peak_memory
+from llmprune_eval.peak_memory import measure_peak_memory
 
 LOADER = """
 import os

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from llmprune_eval import perplexity
-from llmprune_eval.perplexity import Perplexity, encode, measure_perplexity, paired_ratio
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from llmprune.errors import InputError
+from llmprune_eval import perplexity
+from llmprune_eval.perplexity import Perplexity, encode, measure_perplexity, paired_ratio
 
 
 def whole_logits_perplexity(model, token_ids, window, max_windows=None):

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+
+from llmprune.errors import InputError
 from llmprune_eval.intervals import make_ratio
 from llmprune_eval.peak_memory import PeakMemory
 from llmprune_eval.perplexity import Perplexity
@@ -22,9 +25,6 @@ from llmprune_eval.report import (
     to_markdown,
 )
 from llmprune_eval.speed import Latency, ModelSpeed, SpeedRatio, SpeedReport
-from rich.console import Console
-
-from llmprune.errors import InputError
 
 
 def a_speed_report():

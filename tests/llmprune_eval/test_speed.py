@@ -3,10 +3,10 @@ import math
 
 import pytest
 import torch
-from llmprune_eval import speed
-from llmprune_eval.speed import measure_speed
 
 from llmprune.errors import InputError
+from llmprune_eval import speed
+from llmprune_eval.speed import measure_speed
 
 SIZES = {"batch_size": 2, "context": 11, "new_tokens": 3}
 

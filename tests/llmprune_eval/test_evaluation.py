@@ -1,0 +1,91 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llmprune.checkpoint import save_pruned
+from llmprune.recipe import Recipe
+from llmprune_eval.evaluation import evaluate, generate
+
+WORDS = ["<pad>", "<unk>", "the", "cat", "sat", "on", "mat", "a", "dog", "ran"]
+
+
+def small_llama(*, intermediate_size=16):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tokenizer():
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    for name in ("wiki.train.txt", "wiki.test.txt", "other.txt"):
+        (tmp_path / name).write_text("the cat sat on the mat " * 20, encoding="utf-8")
+    task = {"window": 16, "split": "test"}
+    data = {
+        "model": {"source": "unused"},
+        "calibration": {"dataset": str(tmp_path / "wiki.train.txt")},
+        "prune": {"mlp_channels": {"sparsity": 0.5}},
+        "evaluation": {
+            "perplexity": [
+                {**task, "dataset": str(tmp_path / "wiki.test.txt")},
+                {**task, "dataset": str(tmp_path / "other.txt")},
+                {**task, "dataset": str(tmp_path / "other.txt")},
+            ],
+            "speed": None,
+            "prompt": "the cat",
+        },
+    }
+    return Recipe.parse(data)
+
+
+def test_report_marks_the_corpus_of_calibration_and_measures_each_text_once(
+    recipe, tokenizer, tmp_path
+):
+    dense, pruned = small_llama(), small_llama(intermediate_size=8)
+    save_pruned(pruned, tokenizer, tmp_path / "model")
+    seen = []
+    report = evaluate(
+        dense,
+        pruned,
+        tokenizer,
+        recipe=recipe,
+        folder=tmp_path / "model",
+        on_progress=lambda task, done, total: seen.append(task),
+    )
+    assert [(text.name, text.in_domain) for text in report.perplexities] == [
+        ("wiki.test.txt", True),
+        ("other.txt", False),
+    ]
+    assert report.dense.parameters - report.pruned.parameters == 2 * 3 * 16 * 8
+    assert report.pruned.disk_bytes == sum(
+        file.stat().st_size for file in (tmp_path / "model").iterdir()
+    )
+    assert set(report.samples) == {"dense", "pruned"}
+    assert seen[-1] == "perplexity of the pruned model"
+
+
+def test_generation_is_greedy_and_begins_with_the_prompt(tokenizer):
+    model = small_llama()
+    text = generate(model, tokenizer, "the cat")
+    assert text.startswith("the cat ")
+    ids = tokenizer("the cat", return_tensors="pt").input_ids
+    for _ in range(24):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert text == tokenizer.decode(ids[0], skip_special_tokens=True)
