@@ -93,7 +93,8 @@ def _flops(recipe: Recipe, unit_map: UnitMap, dense: Cost, pruned: Cost) -> floa
     gates, recovery = recipe.gates, recipe.recovery
     total = 0.0
     if gates.prior == "activation":
-        total += recipe.calibration.num_rows * row * dense.flops
+        rows = min(gates.prior_rows, recipe.calibration.num_rows)
+        total += rows * row * dense.flops
     step = 2 + (gates.train != "gates") + (gates.loss == "distillation")
     total += gates.steps * gates.batch_size * row * step * dense.flops
     step_flops = 3 * pruned.flops + (recovery.loss == "distillation") * dense.flops

@@ -22,7 +22,7 @@ from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
 from llmprune.reconstruction import reconstruct
-from llmprune.run_folder import RunFolder, identity_of
+from llmprune.run_folder import RunFolder, identity_of, settle_precision
 from llmprune.selection import Pool, UnitScores, choose, find_targets, pools, target_widths
 from llmprune.sources import LoadedModel, load_dense
 from llmprune.surgery import check_form, cut
@@ -108,6 +108,7 @@ def prune(
     Raises:
         InputError: Anything a user can cause; the folder then holds whole files only.
     """
+    recipe = settle_precision(recipe, Path(out))
     accelerator = start_accelerator(recipe.training, recipe.seed)
     is_main = accelerator.is_main_process
     watch = Watch(accelerator, on_progress if is_main else silent)
@@ -173,8 +174,10 @@ def _score(
     kinds = tuple(recipe.prune.rules())
     priors = None
     if recipe.gates.prior == "activation":
-        rows = watch.over("activation statistics", calibration_set.rows.split(4))
-        statistics = collect_statistics(model, unit_map, rows)
+        measured = calibration_set.rows[: recipe.gates.prior_rows]
+        rows = watch.over("activation statistics", measured.split(4))
+        with accelerator.autocast():
+            statistics = collect_statistics(model, unit_map, rows)
         priors = activation_scores(model, unit_map, statistics, kinds)
     frozen = copy.deepcopy(model) if recipe.gates.train == "all" else None
     weights = TrainedWeights(model, recipe.gates.train, recipe.gates.lora_rank, recipe.seed)

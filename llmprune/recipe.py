@@ -133,6 +133,7 @@ class GateTraining(_Part):
     loss: Literal["distillation", "next_token"] = "distillation"
     train: Literal["gates", "lora", "all"] = "gates"
     prior: Literal["activation", "none"] = "activation"
+    prior_rows: Positive = 64
     steps: Annotated[int, Field(ge=0)] = 60
     batch_size: Positive = 2
     micro_batch_size: Positive | None = None
@@ -163,7 +164,7 @@ class Reconstruction(_Part):
     """
 
     num_rows: Positive = 64
-    ridge: Annotated[float, Field(gt=0.0)] = 1e-2
+    ridge: Annotated[float, Field(gt=0.0)] = 1e-3
 
 
 class Recovery(_Part):
@@ -211,9 +212,13 @@ class Evaluation(_Part):
 
 
 class Training(_Part):
-    """What both loops share."""
+    """What both loops share.
 
-    mixed_precision: Literal["no", "bf16"] = "no"
+    `mixed_precision: auto` takes bf16 where a matrix product in it is clearly faster on the machine
+    that begins the run; what was taken stands in the run folder's recipe.yaml.
+    """
+
+    mixed_precision: Literal["no", "bf16", "auto"] = "no"
     activation_checkpointing: bool = False
     save_every: Positive = 5
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,26 @@ class RunFolder:
                 f"{self.log.name}: could not be written ({error.strerror}); make room, "
                 "then --resume"
             ) from error
+
+
+def settle_precision(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with `mixed_precision: auto` settled: as the run in `path` began, or measured.
+
+    Raises:
+        InputError: Several processes run, which might measure differently.
+    """
+    if recipe.training.mixed_precision != "auto":
+        return recipe
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "training.mixed_precision must be no or bf16 where several processes run, got auto"
+        )
+    from llmprune.training import faster_precision
+
+    begun = path / RECIPE_FILE
+    taken = Recipe.read(begun).training.mixed_precision if begun.is_file() else faster_precision()
+    training = recipe.training.model_copy(update={"mixed_precision": taken})
+    return recipe.model_copy(update={"training": training})
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: str) -> str:

@@ -88,7 +88,7 @@ def run_until(recipe, out, phase, rows, *options):
         child.wait()
 
 
-def write_recipe(base, file, gates, num_rows=64):
+def write_recipe(base, file, gates):
     text = file.with_suffix(".txt")
     text.write_text("the cat sat on the mat\n the mat sat on the cat cat\n" * 800)
     data = {**base, "gates": base["gates"] | gates}
