@@ -104,12 +104,13 @@ def inspect_table(unit_map: UnitMap, name: str) -> Table:
     table = Table(
         title=f"{name}: {cost.parameters:,} parameters, "
         f"{cost.decoder_parameters:,} of them in {unit_map.num_layers} decoder layers",
-        caption="Kinds overlap: a layer holds heads and channels. A head's share counts its query "
+        caption="each: parameters that go with one unit. Kinds overlap: a layer holds heads and channels. A head's share counts its query "
         "and output weights; its key and value go with the KV group.",
         caption_justify="left",
     )
-    for column in ("kind", "units", "parameters a unit", "parameters", "of decoder", "of model"):
-        table.add_column(column, justify="left" if column == "kind" else "right")
+    table.add_column("kind", no_wrap=True)
+    for column in ("units", "each", "parameters", "of decoder", "of model"):
+        table.add_column(column, justify="right")
     for row in unit_rows(unit_map):
         table.add_row(
             row["kind"],
