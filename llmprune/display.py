@@ -82,6 +82,9 @@ def unit_rows(unit_map: UnitMap) -> list[dict[str, Any]]:
         groups = unit_map.of_kind(kind)
         each = unit_parameters(unit_map, groups[0])
         total = sum(unit_parameters(unit_map, group) * group.num_units for group in groups)
+        inside = sum(
+            unit_parameters(unit_map, group, of="decoder") * group.num_units for group in groups
+        )
         rows.append(
             {
                 "kind": kind,
@@ -89,7 +92,7 @@ def unit_rows(unit_map: UnitMap) -> list[dict[str, Any]]:
                 "units_per_group": [group.num_units for group in groups],
                 "parameters_per_unit": each,
                 "parameters": total,
-                "share_of_decoder": total / cost.decoder_parameters,
+                "share_of_decoder": inside / cost.decoder_parameters,
                 "share_of_model": total / cost.parameters,
             }
         )
@@ -104,19 +107,20 @@ def inspect_table(unit_map: UnitMap, name: str) -> Table:
     table = Table(
         title=f"{name}: {cost.parameters:,} parameters, "
         f"{cost.decoder_parameters:,} of them in {unit_map.num_layers} decoder layers",
-        caption="each: parameters that go with one unit. Kinds overlap: a layer holds heads and channels. A head's share counts its query "
+        caption="each: parameters that go with one unit. Kinds overlap: a layer holds heads and "
+        "channels. A head's share counts its query "
         "and output weights; its key and value go with the KV group.",
         caption_justify="left",
     )
     table.add_column("kind", no_wrap=True)
-    for column in ("units", "each", "parameters", "of decoder", "of model"):
+    for column in ("units", "each", "in all", "of decoder", "of model"):
         table.add_column(column, justify="right")
     for row in unit_rows(unit_map):
         table.add_row(
             row["kind"],
             _count(row["units_per_group"]),
-            f"{row['parameters_per_unit']:,}",
-            f"{row['parameters']:,}",
+            _short(row["parameters_per_unit"]),
+            _short(row["parameters"]),
             f"{row['share_of_decoder']:.1%}",
             f"{row['share_of_model']:.1%}",
         )
@@ -174,6 +178,10 @@ def _dense_count(unit_map: UnitMap, kind: Any) -> int:
     if kind == "heads" and layer.num_attention_heads != layer.num_key_value_heads:
         return layer.num_attention_heads // layer.num_key_value_heads
     return int(unit_map.of_kind(kind)[0].num_units)
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e6:,.2f} M" if count >= 1e6 else f"{count:,}"
 
 
 def _count(per_group: list[int]) -> str:

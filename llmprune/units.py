@@ -313,11 +313,19 @@ def _whole(unit_map: UnitMap, branch: Branch | None) -> tuple[tuple[str, ...], .
     )
 
 
-def unit_parameters(unit_map: UnitMap, group: UnitGroup) -> int:
-    """Parameters that go with one unit of a group, all else kept."""
-    shapes = {parameter.name: parameter.shape for parameter in unit_map.parameters}
+def unit_parameters(
+    unit_map: UnitMap, group: UnitGroup, *, of: Literal["model", "decoder"] = "model"
+) -> int:
+    """Parameters that go with one unit of a group, all else kept; `decoder`: those in layers."""
+    shapes = {
+        parameter.name: parameter.shape
+        for parameter in unit_map.parameters
+        if of == "model" or parameter.layer is not None
+    }
     if group.whole:
         return sum(math.prod(shapes[name]) for name in group.whole[0])
     return sum(
-        math.prod(shapes[s.parameter]) // shapes[s.parameter][s.dim] * s.width for s in group.slices
+        math.prod(shapes[s.parameter]) // shapes[s.parameter][s.dim] * s.width
+        for s in group.slices
+        if s.parameter in shapes
     )
