@@ -21,7 +21,7 @@ from llmprune.files import save_tensors, save_text
 from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
-from llmprune.reconstruction import reconstruct
+from llmprune.reconstruction import even_batches, reconstruct
 from llmprune.run_folder import RunFolder, identity_of, settle_precision
 from llmprune.selection import Pool, UnitScores, choose, find_targets, pools, target_widths
 from llmprune.sources import LoadedModel, load_dense
@@ -233,7 +233,7 @@ def _cut_and_recover(
             dense.model,
             unit_map,
             plan,
-            batches=calibration_set.rows[: refit.num_rows].split(1),
+            batches=even_batches(calibration_set.rows[: refit.num_rows]),
             ridge=refit.ridge,
             on_layer=lambda done, total: watch.on_progress("reconstruction", done, total),
         )

@@ -55,7 +55,8 @@ def reconstruct(
         dense: The model before the cut, on the same device.
         unit_map: Of the dense model.
         plan: Of the cut.
-        batches: Calibration rows, each of shape (batch, length), all alike, int64.
+        batches: Calibration rows, each of shape (batch, length), all alike, int64
+            (`even_batches` makes them).
         ridge: Pull towards the cut weights, as a share of the mean squared input.
         on_layer: Called after every layer of the dense model.
     """
@@ -88,6 +89,12 @@ def reconstruct(
             position += 1
             dense_streams.values = [hidden.widen(stream) for stream in pruned_streams.values]
         on_layer(index + 1, unit_map.num_layers)
+
+
+def even_batches(rows: Tensor, *, most: int = 8) -> tuple[Tensor, ...]:
+    """Rows (num_rows, length) in batches of one size, the largest up to `most` that divides."""
+    size = next(size for size in range(min(most, len(rows)), 0, -1) if len(rows) % size == 0)
+    return rows.split(size)
 
 
 class _HiddenChannels:
@@ -204,17 +211,16 @@ def _refit(
     Weighing tokens by their norm, against the few with massive activations, made no difference
     (60.2 with, 60.0 without, in the setting above).
     """
-    gram: Tensor | None = None
-    cross: Tensor | None = None
+    width = read[0].shape[-1] + (write.bias is not None)
+    gram = read[0].new_zeros(width, width, dtype=torch.float64)
+    cross = read[0].new_zeros(width, wanted[0].shape[-1], dtype=torch.float64)
     for value, stream, target in zip(read, streams, wanted, strict=True):
         error = (target - stream - write(value)).flatten(0, -2).double()
         inputs = value.flatten(0, -2).double()
         if write.bias is not None:
             inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
-        gram = inputs.T @ inputs if gram is None else gram + inputs.T @ inputs
-        cross = inputs.T @ error if cross is None else cross + inputs.T @ error
-    assert gram is not None
-    assert cross is not None
+        gram.addmm_(inputs.T, inputs)
+        cross.addmm_(inputs.T, error)
     pull = ridge * gram.diagonal().mean()
     gram.diagonal().add_(pull)
     change = torch.linalg.solve(gram, cross)

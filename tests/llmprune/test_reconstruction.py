@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llmprune.plan import PrunePlan
-from llmprune.reconstruction import reconstruct
+from llmprune.reconstruction import even_batches, reconstruct
 from llmprune.surgery import cut
 from llmprune.units import map_units
 
@@ -82,3 +82,13 @@ def test_refit_with_hidden_channels_cut_aims_at_the_kept_channels():
     before = (last_stream(pruned) - wanted).norm()
     reconstruct(pruned, dense, unit_map, plan, batches=batches())
     assert (last_stream(pruned) - wanted).norm() < before
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "sizes"), [(16, {8}), (12, {6}), (7, {7}), (13, {1}), (1, {1})]
+)
+def test_batches_are_alike_and_leave_no_row_out(num_rows, sizes):
+    rows = torch.arange(num_rows * 3).view(num_rows, 3)
+    found = even_batches(rows)
+    assert {len(batch) for batch in found} == sizes
+    assert torch.equal(torch.cat(found), rows)
