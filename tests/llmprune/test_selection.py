@@ -197,6 +197,20 @@ def test_a_kind_with_its_own_sparsity_counts_towards_the_budget():
     assert targets.counts["mlp_channels"] > alone.counts["mlp_channels"]
 
 
+@quick
+@given(st.floats(0.0, 0.45), st.sampled_from(["mlp_channels", "hidden_channels"]))
+def test_one_kind_takes_the_count_that_is_nearest_to_the_budget(sparsity, kind):
+    unit_map = unit_map_of()
+    targets = targets_for(unit_map, Budget(sparsity=sparsity, tolerance=0.1), **{kind: {}})
+    (group,) = unit_map.of_kind(kind)[:1]
+    misses = [
+        abs(reached(unit_map, {kind: count}, "decoder_parameters") - sparsity)
+        for count in range(1, group.num_units + 1)
+    ]
+    found = abs(reached(unit_map, targets.counts, "decoder_parameters") - sparsity)
+    assert found == pytest.approx(min(misses), abs=1e-12)
+
+
 def test_an_unreachable_budget_is_refused_with_the_nearest_sparsity():
     unit_map = unit_map_of()
     with pytest.raises(InputError) as error:
@@ -483,6 +497,18 @@ def test_a_budget_met_by_layers_and_sublayers_together_is_met_by_the_plan(seed):
     plan = choose(random_scores(unit_map, seed=seed), unit_map, targets)
     planned = measure_cost(unit_map, target_widths(unit_map, targets.counts))
     assert measure_cost(unit_map, plan.widths(unit_map)) == planned
+
+
+def test_sublayers_of_removed_layers_are_no_longer_chosen():
+    unit_map = unit_map_of(layers=4)
+    rules = {"layers": KindRule(sparsity=0.5), "attention_sublayers": KindRule(sparsity=0.25)}
+    rules |= {"mlp_sublayers": KindRule(sparsity=0.75)}
+    scores = random_scores(unit_map)
+    scores.scores["layers"][:] = torch.tensor([1.0, 3.0, 0.0, 2.0])
+    scores.scores["mlp_sublayers"][:] = torch.tensor([9.0, 1.0, 8.0, 2.0])
+    plan = choose(scores, unit_map, find_targets(unit_map, rules, None))
+    assert plan.kept["layers"] == plan.kept["attention_sublayers"] == (1, 3)
+    assert plan.kept["mlp_sublayers"] == (3,)
 
 
 @pytest.mark.parametrize("seed", range(5))
