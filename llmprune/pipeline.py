@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from llmprune.architectures import architecture_of
 from llmprune.baselines import activation_scores, collect_statistics
 from llmprune.calibration import CalibrationSet
 from llmprune.card import run_card
@@ -23,8 +24,9 @@ from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
 from llmprune.reconstruction import even_batches, reconstruct
 from llmprune.run_folder import RunFolder, identity_of, settle_precision
-from llmprune.selection import Pool, UnitScores, choose, find_targets, pools, target_widths
-from llmprune.sources import LoadedModel, load_dense
+from llmprune.scores import UnitScores
+from llmprune.selection import Pool, choose, find_targets, pools, target_widths
+from llmprune.sources import LoadedModel, load_config, load_dense
 from llmprune.surgery import check_form, cut
 from llmprune.texts import corpus_of, read_texts, resolve_text, text_name
 from llmprune.training import (
@@ -83,8 +85,13 @@ class Watch:
     def steps(self, task: str, folder: RunFolder) -> OnStep:
         """A callback for training steps; logs the loss on the main process."""
 
+        started: list[int] = []
+
         def on_step(step: int, steps: int, loss: float) -> None:
             if self.accelerator.is_main_process:
+                if not started:
+                    started.append(step)
+                    folder.forget_steps(task, step)
                 folder.add_to_log(task, step, loss)
             self.on_progress(task, step, steps)
 
@@ -114,6 +121,11 @@ def prune(
     watch = Watch(accelerator, on_progress if is_main else silent)
     with watch.accelerator.main_process_first():
         folder = RunFolder.begin(Path(out), recipe, resume=resume or not is_main)
+    plan, scores = folder.read_plan(), folder.read_scores()
+    has_model = folder.model.is_dir()
+    # nobody writes before everybody has seen what was there
+    accelerator.wait_for_everyone()
+    architecture_of(load_config(recipe.model).model_type)
     watch.on_progress("load the dense model", 0, 1)
     dense = load_dense(recipe.model)
     dense.model.to(watch.accelerator.device)
@@ -123,9 +135,7 @@ def prune(
     check_form(dense.model, unit_map, target_widths(unit_map, targets.counts), recipe.export.format)
     calibration_set = read_calibration(recipe, dense)
 
-    plan = folder.read_plan()
     if plan is None:
-        scores = folder.read_scores()
         if scores is None:
             pool_list = pools(unit_map, targets)
             scores = _score(recipe, folder, dense, pool_list, unit_map, calibration_set, watch)
@@ -135,7 +145,7 @@ def prune(
         plan = choose(scores, unit_map, targets)
         if is_main:
             save_text(plan.to_json(), folder.file("plan.json"))
-    if not folder.model.is_dir():
+    if not has_model:
         _cut_and_recover(recipe, folder, dense, plan, calibration_set, watch)
     if not is_main:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from llmprune.errors import InputError
 from llmprune.files import save_text
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
-from llmprune.selection import UnitScores
+from llmprune.scores import UnitScores
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -53,6 +54,9 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{path}: --out can't be made ({error.strerror})") from error
+        for leftover in path.glob(".*.tmp*"):
+            # a kill in the middle of a save leaves these behind
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         save_text(text, file)
         return RunFolder(path)
 
@@ -107,13 +111,25 @@ class RunFolder:
             )
         return Recipe.read(self.file(RECIPE_FILE))
 
+    def forget_steps(self, phase: str, first: int) -> None:
+        """Take the steps from `first` on out of the log: a resumed run does them again."""
+        if not self.log.is_file():
+            return
+        lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = [(line, json.loads(line)) for line in lines]
+        kept = [line for line, row in rows if row["phase"] != phase or row["step"] < first]
+        if len(kept) < len(lines):
+            save_text("".join(kept), self.log)
+
     def add_to_log(self, phase: str, step: int, loss: float) -> None:
         """Append one step to the log."""
         row = {"phase": phase, "step": step, "loss": loss}
+        whole = self.log.stat().st_size if self.log.is_file() else 0
         try:
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
+            os.truncate(self.log, whole)
             raise InputError(
                 f"{self.log.name}: could not be written ({error.strerror}); make room, "
                 "then --resume"

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from llmprune.errors import InputError
 from llmprune.files import save_tensors
 from llmprune.gates import Gates
-from llmprune.selection import Pool, UnitScores
+from llmprune.scores import UnitScores
+from llmprune.selection import Pool
 from llmprune.sequential_attention import Group, Schedule, SequentialAttention
 
 if TYPE_CHECKING:

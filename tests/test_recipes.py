@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmprune.recipe import Recipe
-from llmprune.selection import UnitScores, choose, find_targets
+from llmprune.scores import UnitScores
+from llmprune.selection import choose, find_targets
 from llmprune.surgery import cut
 from llmprune.units import map_units
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from llmprune.cost import measure_cost
 from llmprune.errors import InputError
 from llmprune.recipe import UNIT_KINDS, Budget, KindRule
+from llmprune.scores import UnitScores
 from llmprune.selection import (
     Targets,
-    UnitScores,
     choose,
     find_targets,
     pools,
