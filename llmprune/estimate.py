@@ -12,6 +12,7 @@ from llmprune.architectures import architecture_of
 from llmprune.cost import Cost, measure_cost
 from llmprune.recipe import ModelSource, Recipe
 from llmprune.selection import Targets, find_targets, target_widths
+from llmprune.self_generated import SELF_GENERATED
 from llmprune.sources import load_config
 from llmprune.surgery import check_form
 from llmprune.units import UnitMap, map_units
@@ -27,6 +28,8 @@ FIXED_SECONDS = 90.0
 # Activations kept for a backward pass, in numbers a token and layer: multiples of the hidden size
 # (norms, projections, attention, residual stream) and of the MLP's width.
 KEPT_HIDDEN, KEPT_MLP = 12, 4
+# A token decoded among 64 rows takes about this many times as long as one in a forward pass.
+DECODE_PENALTY = 3
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def _flops(recipe: Recipe, unit_map: UnitMap, dense: Cost, pruned: Cost) -> floa
     row = recipe.calibration.row_length
     gates, recovery = recipe.gates, recipe.recovery
     total = 0.0
+    if recipe.calibration.dataset == SELF_GENERATED:
+        total += recipe.calibration.num_rows * row * dense.flops * DECODE_PENALTY
     if gates.prior == "activation":
         rows = min(gates.prior_rows, recipe.calibration.num_rows)
         total += rows * row * dense.flops

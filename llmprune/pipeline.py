@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import Tensor
 
 from llmprune.architectures import architecture_of
 from llmprune.baselines import activation_scores, collect_statistics
@@ -26,6 +28,7 @@ from llmprune.reconstruction import even_batches, reconstruct
 from llmprune.run_folder import RunFolder, identity_of, settle_precision
 from llmprune.scores import UnitScores
 from llmprune.selection import Pool, choose, find_targets, pools, target_widths
+from llmprune.self_generated import SELF_GENERATED, sample_rows, self_generated_set
 from llmprune.sources import LoadedModel, load_config, load_dense
 from llmprune.surgery import check_form, cut
 from llmprune.texts import corpus_of, read_texts, resolve_text, text_name
@@ -133,7 +136,7 @@ def prune(
     unit_map = map_units(dense.model)
     targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
     check_form(dense.model, unit_map, target_widths(unit_map, targets.counts), recipe.export.format)
-    calibration_set = read_calibration(recipe, dense)
+    calibration_set = read_calibration(recipe, dense, folder, watch)
 
     if plan is None:
         if scores is None:
@@ -156,15 +159,30 @@ def prune(
     return Pruned(folder.path, pruned, _evaluate(recipe, folder, dense, pruned, watch))
 
 
-def read_calibration(recipe: Recipe, dense: LoadedModel) -> CalibrationSet:
+def read_calibration(
+    recipe: Recipe, dense: LoadedModel, folder: RunFolder, watch: Watch
+) -> CalibrationSet:
     """The rows that gates and weights are trained on."""
     source = resolve_text(recipe.calibration)
+    sizes = {"num_rows": source.num_rows, "row_length": source.row_length, "seed": recipe.seed}
+    if source.dataset == SELF_GENERATED:
+
+        def sample() -> Tensor:
+            with watch.accelerator.autocast():
+                on_token = partial(watch.on_progress, "calibration text")
+                return sample_rows(dense.model, **sizes, on_token=on_token)
+
+        with watch.accelerator.main_process_first():
+            return self_generated_set(
+                folder.file("calibration.safetensors"),
+                sample,
+                seed=recipe.seed,
+                may_write=watch.accelerator.is_main_process,
+            )
     return CalibrationSet.from_texts(
         read_texts(source),
         dense.tokenizer,
-        num_rows=source.num_rows,
-        row_length=source.row_length,
-        seed=recipe.seed,
+        **sizes,
         name=text_name(source),
         corpus=corpus_of(source),
     )

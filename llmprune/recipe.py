@@ -48,6 +48,7 @@ class ModelSource(_Part):
 class TextSource(_Part):
     """A text: `builtin:python-reference`, a local file, or a Hub data set.
 
+    To calibrate on there is also `builtin:self-generated`: what the dense model itself writes.
     A .jsonl, .json or .parquet file (a .gz, too) is a table with the text in `column`; any other
     file is one plain text. The built-in text has the splits `train` and `test`. `fallback` (a
     local file or the built-in text) is taken, and said so, where `dataset` is a Hub data set that

@@ -69,7 +69,10 @@ def read_texts(text: TextSource) -> list[str]:
     if text.dataset == PYTHON_REFERENCE:
         rows = _python_reference(text.split)
     elif text.dataset.startswith("builtin:"):
-        raise InputError(f"a builtin text must be {PYTHON_REFERENCE}, got {text.dataset}")
+        raise InputError(
+            f"a builtin text must be {PYTHON_REFERENCE} (or, to calibrate on, "
+            f"builtin:self-generated), got {text.dataset}"
+        )
     elif path.is_file():
         rows = _read_text_file(path, text)
     elif _is_file(text.dataset):

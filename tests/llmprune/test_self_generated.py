@@ -1,0 +1,87 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmprune.errors import InputError
+from llmprune.self_generated import CORPUS, sample_rows, self_generated_set
+
+_spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+tiny = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.tiny_model("llama", layers=1, dtype=torch.float32)
+
+
+def test_rows_have_their_shape_and_begin_with_the_first_token(model):
+    steps = []
+    rows = sample_rows(
+        model, num_rows=70, row_length=9, seed=0, on_token=lambda done, total: steps.append(total)
+    )
+    assert rows.shape == (70, 9)
+    assert rows.dtype == torch.int64
+    assert (rows[:, 0] == model.config.bos_token_id).all()
+    # 70 rows are two batches of 8 steps each
+    assert steps == [16] * 16
+
+
+def test_equal_seeds_give_equal_rows_and_leave_the_generator_alone(model):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = sample_rows(model, num_rows=4, row_length=12, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, sample_rows(model, num_rows=4, row_length=12, seed=1))
+    assert not torch.equal(first, sample_rows(model, num_rows=4, row_length=12, seed=2))
+
+
+def test_rows_follow_the_model_at_temperature_one(model):
+    rows = sample_rows(model, num_rows=4096, row_length=2, seed=0)
+    found = torch.bincount(rows[:, 1], minlength=tiny.VOCAB) / len(rows)
+    with torch.no_grad():
+        logits = model(torch.tensor([[model.config.bos_token_id]])).logits[0, -1]
+    wanted = logits.softmax(-1)
+    # total variation of 4,096 draws from 61 tokens is about 0.05 by chance
+    assert (found - wanted).abs().sum() / 2 < 0.1
+    assert (logits.div(2).softmax(-1) - wanted).abs().sum() / 2 > 0.2
+
+
+def test_an_end_of_text_token_does_not_end_a_row(model):
+    rows = sample_rows(model, num_rows=64, row_length=40, seed=0)
+    position = (rows == model.config.eos_token_id).nonzero()
+    early = position[(position[:, 1] > 0) & (position[:, 1] < 30)]
+    assert len(early)
+    assert any(len(rows[row, column + 1 :].unique()) > 1 for row, column in early.tolist())
+
+
+def test_a_model_without_a_first_token_is_refused():
+    model = tiny.tiny_model("llama", layers=1, dtype=torch.float32)
+    model.config.bos_token_id = model.config.eos_token_id = None
+    with pytest.raises(InputError, match="begin-of-text"):
+        sample_rows(model, num_rows=1, row_length=8, seed=0)
+
+
+def test_rows_are_kept_and_taken_up_again(tmp_path):
+    calls = []
+
+    def sample():
+        calls.append(1)
+        return torch.arange(24).view(3, 8)
+
+    file = tmp_path / "calibration.safetensors"
+    first = self_generated_set(file, sample, seed=4, may_write=True)
+    again = self_generated_set(file, sample, seed=4, may_write=False)
+    assert calls == [1]
+    assert torch.equal(first.rows, again.rows)
+    assert (first.corpus, first.seed) == (CORPUS, 4)
+
+
+def test_damaged_rows_are_refused(tmp_path):
+    file = tmp_path / "calibration.safetensors"
+    file.write_bytes(b"not tensors")
+    with pytest.raises(InputError, match="delete it"):
+        self_generated_set(file, lambda: torch.zeros(1, 8), seed=0, may_write=True)
