@@ -36,7 +36,7 @@ class RunFolder:
         text = recipe.to_yaml()
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: --out must be a folder, got a file; choose another --out")
-        if file.is_file():
+        if file.is_file() and _holds_results(path):
             if not resume:
                 raise InputError(
                     f"{path}: already holds a run; take it up with --resume or choose another --out"
@@ -46,7 +46,7 @@ class RunFolder:
                     f"{path}: --resume needs the recipe that began the run ({file.name} there "
                     "differs); choose another --out"
                 )
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and not file.is_file() and any(path.iterdir()):
             raise InputError(
                 f"{path}: --out must be empty or new, it holds other files; choose another"
             )
@@ -134,6 +134,11 @@ class RunFolder:
                 f"{self.log.name}: could not be written ({error.strerror}); make room, "
                 "then --resume"
             ) from error
+
+
+def _holds_results(path: Path) -> bool:
+    """Whether a run got further than its recipe; one that was refused at once did not."""
+    return any(file.name != RECIPE_FILE and ".tmp" not in file.name for file in path.iterdir())
 
 
 def settle_precision(recipe: Recipe, path: Path) -> Recipe:
