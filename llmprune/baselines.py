@@ -6,13 +6,14 @@ the groups of one kind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.recipe import UnitKind
+from llmprune.gates import attach_gates
+from llmprune.recipe import Method, UnitKind
 from llmprune.surgery import expand_units
 from llmprune.units import UnitGroup, UnitMap
 
@@ -107,6 +108,101 @@ def _watch(model: PreTrainedModel, unit_map: UnitMap, found: ActivationStatistic
         watch_layer(index)
     watch_norm(architecture.final_norm)
     return handles
+
+
+def baseline_scores(
+    method: Method,
+    model: PreTrainedModel,
+    unit_map: UnitMap,
+    batches: Iterable[Tensor],
+    *,
+    kinds: Collection[UnitKind],
+    seed: int,
+) -> dict[str, Tensor]:
+    """Scores of a method that trains nothing, for every unit group of the named kinds.
+
+    Args:
+        method: Any but `sequential_attention`.
+        model: The dense model.
+        unit_map: Its units.
+        batches: Calibration rows, each of shape (batch, length), int64.
+        kinds: Kinds to score.
+        seed: Of `random`.
+    """
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            group.name: torch.rand(group.num_units, generator=generator, dtype=torch.float64)
+            for group in unit_map.groups.values()
+            if group.kind in kinds
+        }
+    if method == "magnitude":
+        return magnitude_scores(model, unit_map, kinds)
+    if method == "taylor":
+        return taylor_scores(model, unit_map, batches, kinds)
+    assert method == "activation", method
+    statistics = collect_statistics(model, unit_map, batches)
+    return activation_scores(model, unit_map, statistics, kinds)
+
+
+def magnitude_scores(
+    model: PreTrainedModel, unit_map: UnitMap, kinds: Collection[UnitKind]
+) -> dict[str, Tensor]:
+    """Root of the summed squares of every weight that goes with a unit, float64."""
+    squares = {n: p.detach().double().square().cpu() for n, p in model.named_parameters()}
+    scores = {}
+    for group in unit_map.groups.values():
+        if group.kind not in kinds:
+            continue
+        total = torch.zeros(group.num_units, dtype=torch.float64)
+        for unit, names in enumerate(group.whole):
+            total[unit] = sum(float(squares[name].sum()) for name in names)
+        for piece in group.slices:
+            square = squares[piece.parameter]
+            others = [dim for dim in range(square.dim()) if dim != piece.dim]
+            line = square.sum(others) if others else square
+            end = piece.offset + group.num_units * piece.width
+            total += line[piece.offset : end].reshape(group.num_units, piece.width).sum(1)
+        scores[group.name] = total.sqrt()
+    return scores
+
+
+def taylor_scores(
+    model: PreTrainedModel,
+    unit_map: UnitMap,
+    batches: Iterable[Tensor],
+    kinds: Collection[UnitKind],
+) -> dict[str, Tensor]:
+    """First-order change of the next-token loss when a gate closes: |sum over rows of dL/dg|.
+
+    The gradient of a gate at 1 is the sum of weight times gradient over what the unit reads
+    (LLM-Pruner's first-order criterion, arXiv 2305.11627, taken per unit).
+    """
+    was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    gates = attach_gates(model, unit_map, kinds)
+    values = {
+        name: torch.ones(unit_map.groups[name].num_units, device=model.device, requires_grad=True)
+        for name in gates.group_names
+    }
+    gates.set(values)
+    try:
+        for rows in batches:
+            rows = rows.to(model.device)
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+            loss = nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), rows[:, 1:].reshape(-1), reduction="sum"
+            )
+            loss.backward()
+    finally:
+        gates.detach()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(was_trainable[name])
+    found = {}
+    for name, value in values.items():
+        assert value.grad is not None, name
+        found[name] = value.grad.double().abs().cpu()
+    return found
 
 
 def activation_scores(

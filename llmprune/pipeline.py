@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from llmprune.architectures import architecture_of
-from llmprune.baselines import activation_scores, collect_statistics
+from llmprune.baselines import baseline_scores
 from llmprune.calibration import CalibrationSet
 from llmprune.card import run_card
 from llmprune.checkpoint import cast_parameters, load_pruned, load_weights, save_pruned
 from llmprune.files import save_tensors, save_text
 from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
-from llmprune.recipe import Recipe
+from llmprune.recipe import Method, Recipe
 from llmprune.reconstruction import even_batches, reconstruct
 from llmprune.run_folder import RunFolder, identity_of, settle_precision
 from llmprune.scores import UnitScores
@@ -142,7 +142,7 @@ def prune(
         if scores is None:
             pool_list = pools(unit_map, targets)
             scores = _score(recipe, folder, dense, pool_list, unit_map, calibration_set, watch)
-            if recipe.gates.train != "gates":
+            if recipe.method == "sequential_attention" and recipe.gates.train != "gates":
                 dense = load_dense(recipe.model)
                 dense.model.to(watch.accelerator.device)
         plan = choose(scores, unit_map, targets)
@@ -197,16 +197,56 @@ def _score(
     calibration_set: CalibrationSet,
     watch: Watch,
 ) -> UnitScores:
-    """Attach gates, train them, and save scores.json (and the weights that learned along)."""
+    """Score every unit as `recipe.method` says, and save scores.json."""
+    if recipe.method == "sequential_attention":
+        scores = _train(recipe, folder, dense, pool_list, unit_map, calibration_set, watch)
+    else:
+        scores = UnitScores(
+            _once(recipe.method, recipe, dense.model, unit_map, calibration_set, watch)
+        )
+    if watch.accelerator.is_main_process:
+        save_text(scores.to_json(), folder.file("scores.json"))
+        folder.state.unlink(missing_ok=True)
+    watch.accelerator.wait_for_everyone()
+    return scores
+
+
+def _once(
+    method: Method,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    unit_map: UnitMap,
+    calibration_set: CalibrationSet,
+    watch: Watch,
+) -> dict[str, Tensor]:
+    """Scores of a method that trains nothing, on the first `gates.prior_rows` rows."""
+    rows = calibration_set.rows[: recipe.gates.prior_rows].split(4)
+    with watch.accelerator.autocast():
+        return baseline_scores(
+            method,
+            model,
+            unit_map,
+            watch.over(f"{method} scores", rows),
+            kinds=tuple(recipe.prune.rules()),
+            seed=recipe.seed,
+        )
+
+
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    dense: LoadedModel,
+    pool_list: list[Pool],
+    unit_map: UnitMap,
+    calibration_set: CalibrationSet,
+    watch: Watch,
+) -> UnitScores:
+    """Attach gates and train them; saves the weights that learned along."""
     model, accelerator = dense.model, watch.accelerator
     kinds = tuple(recipe.prune.rules())
     priors = None
     if recipe.gates.prior == "activation":
-        measured = calibration_set.rows[: recipe.gates.prior_rows]
-        rows = watch.over("activation statistics", measured.split(4))
-        with accelerator.autocast():
-            statistics = collect_statistics(model, unit_map, rows)
-        priors = activation_scores(model, unit_map, statistics, kinds)
+        priors = _once("activation", recipe, model, unit_map, calibration_set, watch)
     frozen = copy.deepcopy(model) if recipe.gates.train == "all" else None
     weights = TrainedWeights(model, recipe.gates.train, recipe.gates.lora_rank, recipe.seed)
     gates = attach_gates(model, unit_map, kinds)
@@ -222,13 +262,9 @@ def _score(
     scores = train_gates(model, gates, calibration_set, pool_list, recipe=recipe, run=run)
     gates.detach()
     weights.finish()
-    if accelerator.is_main_process:
-        if weights.parameters:
-            changed = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
-            save_tensors(changed, folder.weights, {"of": "calibrated model"})
-        save_text(scores.to_json(), folder.file("scores.json"))
-        folder.state.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and weights.parameters:
+        changed = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+        save_tensors(changed, folder.weights, {"of": "calibrated model"})
     return scores
 
 

@@ -122,6 +122,9 @@ class Optimizer(_Part):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
 
 
+Method = Literal["sequential_attention", "random", "magnitude", "activation", "taylor"]
+
+
 class GateTraining(_Part):
     """How SequentialAttention++ finds the survivors (docs/sequential-attention.md).
 
@@ -225,12 +228,17 @@ class Training(_Part):
 
 
 class Recipe(_Part):
-    """Everything a run needs. Read one with `Recipe.read(path)`."""
+    """Everything a run needs. Read one with `Recipe.read(path)`.
+
+    `method` is how units are scored: `sequential_attention` trains gates as `gates` says; the
+    others are baselines (llmprune/baselines.py), with all else the same.
+    """
 
     model: ModelSource
     calibration: Calibration = Calibration()
     prune: Prune
     budget: Budget | None = None
+    method: Method = "sequential_attention"
     gates: GateTraining = GateTraining()
     reconstruction: Reconstruction | None = None
     recovery: Recovery = Recovery()
