@@ -85,7 +85,7 @@ def measure_text(
             token_ids,
             window=task.window,
             max_windows=task.max_windows,
-            on_window=partial(on_progress, f"perplexity of the {name} model"),
+            on_window=partial(on_progress, f"{text_name(source)}, {name}"),
         )
     return TextResult(
         name=text_name(source),

@@ -78,7 +78,7 @@ def test_report_marks_the_corpus_of_calibration_and_measures_each_text_once(
         file.stat().st_size for file in (tmp_path / "model").iterdir()
     )
     assert set(report.samples) == {"dense", "pruned"}
-    assert seen[-1] == "perplexity of the pruned model"
+    assert seen[-1] == "other.txt, pruned"
 
 
 def test_generation_is_greedy_and_begins_with_the_prompt(tokenizer):
