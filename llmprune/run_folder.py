@@ -33,7 +33,6 @@ class RunFolder:
                 `resume`, or a run of another recipe.
         """
         file = path / RECIPE_FILE
-        text = recipe.to_yaml()
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: --out must be a folder, got a file; choose another --out")
         if file.is_file() and _holds_results(path):
@@ -41,7 +40,7 @@ class RunFolder:
                 raise InputError(
                     f"{path}: already holds a run; take it up with --resume or choose another --out"
                 )
-            if file.read_text(encoding="utf-8") != text:
+            if Recipe.read(file) != recipe:
                 raise InputError(
                     f"{path}: --resume needs the recipe that began the run ({file.name} there "
                     "differs); choose another --out"
@@ -57,7 +56,7 @@ class RunFolder:
         for leftover in path.glob(".*.tmp*"):
             # a kill in the middle of a save leaves these behind
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        save_text(text, file)
+        save_text(recipe.to_yaml(), file)
         return RunFolder(path)
 
     @property
