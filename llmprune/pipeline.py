@@ -291,6 +291,11 @@ def _cut_and_recover(
     difference = largest_difference(reference_logits(pruned, tokens), logits)
     del calibrated
     refit = recipe.reconstruction
+    dtype = getattr(torch, recipe.export.dtype)
+    is_final = refit is None and recipe.recovery.steps == 0 and dtype == pruned.dtype
+    if refit is not None or recipe.recovery.steps:
+        # small changes add up in float32 and are lost in 16 bits
+        cast_parameters(pruned, torch.float32)
     if refit is not None:
         reconstruct(
             pruned,
@@ -301,8 +306,6 @@ def _cut_and_recover(
             ridge=refit.ridge,
             on_layer=lambda done, total: watch.on_progress("reconstruction", done, total),
         )
-    dtype = getattr(torch, recipe.export.dtype)
-    is_final = refit is None and recipe.recovery.steps == 0 and dtype == pruned.dtype
     if recipe.recovery.steps:
         recover(
             pruned,

@@ -64,7 +64,7 @@ def reconstruct(
     dense_streams = _Streams(dense, architecture.layers, batches)
     pruned_streams = _Streams(pruned, architecture.layers, batches)
     # a stock class that stands in for the family has the family's module names
-    hidden = _HiddenChannels(unit_map, plan, dense.device)
+    hidden = _HiddenChannels(unit_map, plan, dense)
     widths = plan.widths(unit_map)
     position = 0
     for index, counts in enumerate(widths.layers):
@@ -100,7 +100,9 @@ def even_batches(rows: Tensor, *, most: int = 8) -> tuple[Tensor, ...]:
 class _HiddenChannels:
     """Between the dense residual stream and the cut one: (..., hidden_size) <-> (..., kept)."""
 
-    def __init__(self, unit_map: UnitMap, plan: PrunePlan, device: torch.device) -> None:
+    def __init__(self, unit_map: UnitMap, plan: PrunePlan, dense: PreTrainedModel) -> None:
+        device = dense.device
+        self.dtype = dense.dtype
         self.hidden_size = unit_map.dense.hidden_size
         self.kept = torch.tensor(plan.kept_in(unit_map.groups["hidden_channels"]), device=device)
         self.scale = torch.tensor(plan.scale.get("hidden_channels", (1.0,)), device=device)
@@ -111,8 +113,8 @@ class _HiddenChannels:
 
     def widen(self, stream: Tensor) -> Tensor:
         """Zeros where channels are gone: what the gated dense model carries."""
-        wide = stream.new_zeros(*stream.shape[:-1], self.hidden_size)
-        wide[..., self.kept] = stream / self.scale.to(stream)
+        wide = stream.new_zeros(*stream.shape[:-1], self.hidden_size, dtype=self.dtype)
+        wide[..., self.kept] = (stream / self.scale.to(stream)).to(self.dtype)
         return wide
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmprune.checkpoint import cast_parameters
 from llmprune.plan import PrunePlan
 from llmprune.reconstruction import even_batches, reconstruct
 from llmprune.surgery import cut
@@ -92,3 +93,17 @@ def test_batches_are_alike_and_leave_no_row_out(num_rows, sizes):
     found = even_batches(rows)
     assert {len(batch) for batch in found} == sizes
     assert torch.equal(torch.cat(found), rows)
+
+
+def test_a_16_bit_model_is_refitted_in_float32():
+    dense = tiny.tiny_model("llama", dtype=torch.bfloat16)
+    unit_map = map_units(dense)
+    plan = tiny.plan_for(dense, ("heads", "mlp_channels", "hidden_channels"))
+    pruned = cut(dense, plan)
+    cast_parameters(pruned, torch.float32)
+    before = pruned.model.layers[0].mlp.down_proj.weight.clone()
+    reconstruct(pruned, dense, unit_map, plan, batches=batches())
+    after = pruned.model.layers[0].mlp.down_proj.weight
+    assert after.dtype == torch.float32
+    assert not torch.equal(after, after.bfloat16().float())
+    assert not torch.equal(after, before)
