@@ -28,7 +28,7 @@ FIXED_SECONDS = 90.0
 # Activations kept for a backward pass, in numbers a token and layer: multiples of the hidden size
 # (norms, projections, attention, residual stream) and of the MLP's width.
 KEPT_HIDDEN, KEPT_MLP = 12, 4
-# A token decoded among 64 rows takes about this many times as long as one in a forward pass.
+# A token decoded among 128 rows takes about this many times as long as one in a forward pass.
 DECODE_PENALTY = 3
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SELF_GENERATED = "builtin:self-generated"
 CORPUS = "self-generated"
 # Rows sampled at once: decoding costs little more for many rows than for one.
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 128
 
 # tokens done, of how many
 OnToken = Callable[[int, int], None]

@@ -20,12 +20,12 @@ def model():
 def test_rows_have_their_shape_and_begin_with_the_first_token(model):
     steps = []
     rows = sample_rows(
-        model, num_rows=70, row_length=9, seed=0, on_token=lambda done, total: steps.append(total)
+        model, num_rows=140, row_length=9, seed=0, on_token=lambda done, total: steps.append(total)
     )
-    assert rows.shape == (70, 9)
+    assert rows.shape == (140, 9)
     assert rows.dtype == torch.int64
     assert (rows[:, 0] == model.config.bos_token_id).all()
-    # 70 rows are two batches of 8 steps each
+    # 140 rows are two batches of 8 steps each
     assert steps == [16] * 16
 
 
