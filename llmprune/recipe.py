@@ -156,6 +156,11 @@ class GateTraining(_Part):
         total = self.dense + self.sparsify + self.sparse
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"dense + sparsify + sparse must be 1, got {total:g}")
+        if self.variant == "paper" and self.prior == "none" and not self.dense:
+            raise ValueError(
+                "variant: paper with prior: none must begin with a dense phase, got dense 0: "
+                "units would leave before a logit has learned anything"
+            )
         if not 0 < self.temperature[0] <= self.temperature[1]:
             raise ValueError(f"temperature must be 0 < first <= last, got {self.temperature}")
         return self
@@ -315,23 +320,35 @@ def _crosses_layers(kind: UnitKind, rule: KindRule) -> bool:
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, sign, value = override.partition("=")
+    key, sign, text = override.partition("=")
     if not sign or not key:
         raise InputError(f"--set takes dotted.key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {key}: the value must be YAML, got {text!r}") from error
     *parents, last = key.split(".")
     place: Any = data
     for parent in parents:
-        if not isinstance(place, dict):
-            raise InputError(f"--set {key}: {parent} is inside a value, not a mapping")
-        if place.get(parent) is None:
+        if isinstance(place, dict) and place.get(parent) is None:
             place[parent] = {}
-        place = place[parent]
-    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
-        place[int(last)] = yaml.safe_load(value)
+        place = _inside(place, parent, key)
+    if isinstance(place, list):
+        _inside(place, last, key)
+        place[int(last)] = value
     elif isinstance(place, dict):
-        place[last] = yaml.safe_load(value)
+        place[last] = value
     else:
         raise InputError(f"--set {key}: the recipe holds {_kind_of(place)} there, not a mapping")
+
+
+def _inside(place: Any, name: str, key: str) -> Any:
+    """What a mapping holds under a key, or a list at a position."""
+    if isinstance(place, dict):
+        return place[name]
+    if isinstance(place, list) and name.isdigit() and int(name) < len(place):
+        return place[int(name)]
+    raise InputError(f"--set {key}: there is no {name} in {_kind_of(place)}")
 
 
 def _one_line(name: str, error: ValidationError) -> str:

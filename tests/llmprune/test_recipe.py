@@ -1,0 +1,91 @@
+import pytest
+
+from llmprune.errors import InputError
+from llmprune.recipe import Recipe
+
+SMALL = "model: {source: a/b}\nprune: {mlp_channels: {sparsity: 0.5}}\n"
+
+
+def read(tmp_path, text, overrides=None):
+    file = tmp_path / "a.yaml"
+    file.write_text(text, encoding="utf-8")
+    return Recipe.read(file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SMALL + "gate: {}\n", "unknown key gate"),
+        (SMALL + "gates: {step: 3}\n", "unknown key gates.step"),
+        ("model: {source: a/b}\nprune: {mlp_channels: {sparsity: 1.0}}\n", "sparsity.*got 1.0"),
+        ("model: {source: a/b}\nprune: {}\n", "at least one kind"),
+        ("model: {source: a/b}\nprune: {heads: {}}\n", "no sparsity and there is no budget"),
+        (SMALL + "budget: {sparsity: 0.2}\n", "no kind to act on"),
+        (SMALL + "gates: {dense: 0.5}\n", "must be 1, got 1.5"),
+        (SMALL + "gates: {temperature: [3, 1]}\n", "temperature"),
+        (SMALL + "gates: {variant: paper, prior: none}\n", "dense phase"),
+        (
+            "model: {source: a/b}\nprune: {mlp_channels: {sparsity: 0.5, scope: model}}\n",
+            "per_layer",
+        ),
+        ("- a list\n", "mapping"),
+        ("", "mapping"),
+        ("a: [\n", "must be YAML"),
+        (SMALL + "seed: -1\n", "seed"),
+    ],
+)
+def test_a_wrong_recipe_names_the_file_the_key_and_what_was_got(tmp_path, text, message):
+    with pytest.raises(InputError, match=message) as error:
+        read(tmp_path, text)
+    assert "a.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml: no such recipe"):
+        Recipe.read(tmp_path / "none.yaml")
+
+
+def test_overrides_are_read_as_yaml_and_make_what_is_not_there(tmp_path):
+    recipe = read(
+        tmp_path,
+        SMALL,
+        ["gates.steps=7", "prune.mlp_channels.sparsity=0.25", "recovery.train=lora", "seed=3"],
+    )
+    assert recipe.gates.steps == 7
+    assert recipe.prune.mlp_channels.sparsity == 0.25
+    assert recipe.recovery.train == "lora"
+    assert recipe.seed == 3
+
+
+def test_overrides_reach_into_lists(tmp_path):
+    text = SMALL + "evaluation: {perplexity: [{dataset: x}]}\n"
+    recipe = read(tmp_path, text, ["evaluation.perplexity.0.window=64"])
+    assert recipe.evaluation.perplexity[0].window == 64
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "steps",
+        "=3",
+        "model.source.x=3",
+        "gates.steps=none",
+        "seed=[",
+        "evaluation.perplexity.4.x=1",
+    ],
+)
+def test_a_wrong_override_is_refused(tmp_path, override):
+    with pytest.raises(InputError):
+        read(tmp_path, SMALL, [override])
+
+
+def test_a_recipe_is_frozen(tmp_path):
+    recipe = read(tmp_path, SMALL)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 4
+
+
+def test_rules_come_in_the_order_of_kinds(tmp_path):
+    text = "model: {source: a/b}\nprune: {layers: {sparsity: 0.1}, heads: {sparsity: 0.5}}\n"
+    assert list(read(tmp_path, text).prune.rules()) == ["heads", "layers"]
