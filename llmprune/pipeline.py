@@ -32,10 +32,10 @@ from llmprune.self_generated import SELF_GENERATED, sample_rows, self_generated_
 from llmprune.sources import LoadedModel, load_config, load_dense
 from llmprune.surgery import check_form, cut
 from llmprune.texts import corpus_of, read_texts, resolve_text, text_name
+from llmprune.trained_weights import TrainedWeights
 from llmprune.training import (
     GateRun,
     OnStep,
-    TrainedWeights,
     recover,
     start_accelerator,
     teacher_of,

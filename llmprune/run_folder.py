@@ -152,7 +152,7 @@ def settle_precision(recipe: Recipe, path: Path) -> Recipe:
         raise InputError(
             "training.mixed_precision must be no or bf16 where several processes run, got auto"
         )
-    from llmprune.training import faster_precision
+    from llmprune.precision import faster_precision
 
     begun = path / RECIPE_FILE
     taken = Recipe.read(begun).training.mixed_precision if begun.is_file() else faster_precision()

@@ -7,11 +7,9 @@ result does not depend on how many processes there are, and a resumed run sees t
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +25,7 @@ from llmprune.gates import Gates
 from llmprune.scores import UnitScores
 from llmprune.selection import Pool
 from llmprune.sequential_attention import Group, Schedule, SequentialAttention
+from llmprune.trained_weights import TrainedWeights, checkpointing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +39,6 @@ OnStep = Callable[[int, int, float], None]
 
 STATE_FORMAT = "llmprune-gate-state/1"
 # Share of the steps over which the weights' learning rate rises, and where its cosine ends.
-# bf16 must be this many times as fast to be taken: casts and norms cost some of the gain.
-BF16_GAIN = 1.5
 WARM_UP = 0.1
 FINAL_RATE = 0.1
 
@@ -55,87 +52,6 @@ def start_accelerator(training: Training, seed: int) -> Accelerator:
     """
     set_seed(seed)
     return Accelerator(mixed_precision=training.mixed_precision)
-
-
-def faster_precision() -> Literal["no", "bf16"]:
-    """`bf16` where a matrix product in it is clearly faster than in float32 on this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds = {dtype: _matmul_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
-    is_faster = seconds[torch.bfloat16] * BF16_GAIN < seconds[torch.float32]
-    return "bf16" if is_faster else "no"
-
-
-def _matmul_seconds(dtype: torch.dtype, device: str) -> float:
-    """The best of a few products of (512, 1024) and (1024, 1024), the result waited for."""
-    a = torch.randn(512, 1024, device=device).to(dtype)
-    b = torch.randn(1024, 1024, device=device).to(dtype)
-    best = math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        float((a @ b)[0, 0])
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-class TrainedWeights:
-    """The weights that learn in a loop: none, LoRA adapters, or all.
-
-    Build it before gates are attached: LoRA puts its own modules in place of the projections.
-
-    Attributes:
-        parameters: What the optimizer gets, by name.
-    """
-
-    def __init__(self, model: PreTrainedModel, train: str, rank: int, seed: int) -> None:
-        self.model = model
-        self._adapted: Any = None
-        self._was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
-        model.requires_grad_(False)
-        if train == "lora":
-            # the adapters' start must not depend on what was drawn before
-            set_seed(seed)
-            self._adapted = _with_lora(model, rank)
-        elif train == "all":
-            model.requires_grad_(True)
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-    @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """The model without its adapters inside the block."""
-        with self._adapted.disable_adapter() if self._adapted is not None else nullcontext():
-            yield
-
-    def finish(self) -> None:
-        """Merge adapters into the weights and restore `requires_grad`, in place."""
-        if self._adapted is not None:
-            self._adapted.merge_and_unload()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._was_trainable.get(name, True))
-
-
-def _with_lora(model: PreTrainedModel, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    from llmprune.architectures import architecture_of
-
-    architecture = architecture_of(model.config.model_type)
-    targets = [
-        name
-        for name, module in model.get_submodule(architecture.layers).named_modules(
-            prefix=architecture.layers
-        )
-        if isinstance(module, (nn.Linear, Conv1D))
-    ]
-    is_conv = isinstance(model.get_submodule(targets[0]), Conv1D)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
-        target_modules=targets,
-        fan_in_fan_out=is_conv,
-    )
-    return get_peft_model(model, config)
 
 
 def train_gates(
@@ -180,7 +96,7 @@ def train_gates(
     first = _resume(run, engine, weights, optimizer)
     batches = Batches(run.accelerator, calibration_set, settings, recipe.training)
     loss_of = _loss_of(settings.loss, model, run.teacher)
-    with _checkpointing(model, recipe.training):
+    with checkpointing(model, recipe.training):
         for step in range(first, engine.schedule.num_steps):
             if engine.schedule.at(step).begins_phase:
                 # "crucial": what was learned under another mask misleads (arXiv 2402.17902, app. C)
@@ -234,7 +150,7 @@ def recover(
         return teacher(input_ids=rows, use_cache=False).logits
 
     loss_of = _loss_of(settings.loss, model, teach)
-    with _checkpointing(model, recipe.training):
+    with checkpointing(model, recipe.training):
         for step in range(settings.steps):
             _set_rate(optimizer, "weights", settings.learning_rate, step, settings.steps)
             loss = batches.train_step(step + offset, optimizer, loss_of)
@@ -440,27 +356,6 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
 
-@contextmanager
-def _checkpointing(model: PreTrainedModel, training: Training) -> Iterator[None]:
-    """Activation checkpointing inside the block, without waking dropout."""
-    if not training.activation_checkpointing:
-        yield
-        return
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers:
-        # the flag of the layer alone: its dropout modules stay in eval mode
-        layer.training = True
-    try:
-        yield
-    finally:
-        model.gradient_checkpointing_disable()
-        for layer in layers:
-            layer.training = False
-
-
 def _pooled(priors: dict[str, Tensor], pools: list[Pool]) -> list[Tensor]:
     """Logits to start from: the logarithm of the importance, mean 0 in each pool."""
     starts = []
@@ -510,8 +405,3 @@ def teacher_of(
             return model(input_ids=rows, use_cache=False).logits
 
     return teach
-
-
-def note_of(data: dict[str, Any]) -> str:
-    """A stable one-line form of what identifies a run."""
-    return json.dumps(data, sort_keys=True)

@@ -67,11 +67,11 @@ def test_the_log_forgets_the_steps_that_a_resumed_run_does_again(tmp_path):
 
 def test_auto_precision_is_settled_once_and_kept(tmp_path, monkeypatch):
     recipe = recipe_of(training={"mixed_precision": "auto"})
-    monkeypatch.setattr("llmprune.training.faster_precision", lambda: "bf16")
+    monkeypatch.setattr("llmprune.precision.faster_precision", lambda: "bf16")
     settled = settle_precision(recipe, tmp_path)
     assert settled.training.mixed_precision == "bf16"
     RunFolder.begin(tmp_path, settled, resume=False)
-    monkeypatch.setattr("llmprune.training.faster_precision", lambda: "no")
+    monkeypatch.setattr("llmprune.precision.faster_precision", lambda: "no")
     assert settle_precision(recipe, tmp_path) == settled
 
 

@@ -18,10 +18,10 @@ from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
 from llmprune.selection import choose, find_targets, pools
 from llmprune.surgery import cut
+from llmprune.trained_weights import TrainedWeights
 from llmprune.training import (
     Batches,
     GateRun,
-    TrainedWeights,
     recover,
     start_accelerator,
     teacher_of,
