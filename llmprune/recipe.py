@@ -128,12 +128,12 @@ Method = Literal["sequential_attention", "random", "magnitude", "activation", "t
 class GateTraining(_Part):
     """How SequentialAttention++ finds the survivors (docs/sequential-attention.md).
 
-    `variant: paper` is the published algorithm; `capped` the default for language models.
+    `variant: plus_plus` is the published algorithm; `capped` the default for language models.
     `train` says what learns along with the logits. `dense`, `sparsify`, `sparse` are the shares of
     the steps in the phases of one cycle; `cycles` repeats it (the last sparse phase is the end).
     """
 
-    variant: Literal["capped", "paper"] = "capped"
+    variant: Literal["capped", "plus_plus"] = "capped"
     loss: Literal["distillation", "next_token"] = "distillation"
     train: Literal["gates", "lora", "all"] = "gates"
     prior: Literal["activation", "none"] = "activation"
@@ -156,9 +156,9 @@ class GateTraining(_Part):
         total = self.dense + self.sparsify + self.sparse
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"dense + sparsify + sparse must be 1, got {total:g}")
-        if self.variant == "paper" and self.prior == "none" and not self.dense:
+        if self.variant == "plus_plus" and self.prior == "none" and not self.dense:
             raise ValueError(
-                "variant: paper with prior: none must begin with a dense phase, got dense 0: "
+                "variant: plus_plus with prior: none must begin with a dense phase, got dense 0: "
                 "units would leave before a logit has learned anything"
             )
         if not 0 < self.temperature[0] <= self.temperature[1]:

@@ -4,7 +4,7 @@ Nothing of transformers is in here. A problem gives the sizes of its groups and 
 keeps; `SequentialAttention` holds a logit per unit and says at every step what each unit's gate is.
 Two variants share schedule, masks and bookkeeping:
 
-* `paper` - SequentialAttention++ as published (Yasuda et al. 2024, arXiv 2402.17902): attention
+* `plus_plus` - SequentialAttention++ as published (Yasuda et al. 2024, arXiv 2402.17902): attention
   A = n softmax(L) over the units that are alive, clipped to [density, 1 / density], times a 0/1
   mask that a sparsification phase shrinks. What the paper leaves open is fixed here: masked logits
   leave the softmax and n counts the living, so the mean of A over the living stays 1.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 PhaseKind = Literal["dense", "sparsify", "sparse"]
-Variant = Literal["capped", "paper"]
+Variant = Literal["capped", "plus_plus"]
 
 # The curve of the budget in a sparsification phase: fast first, slow at the end (the paper's c).
 CURVATURE = 4.0
@@ -207,7 +207,7 @@ class SequentialAttention(nn.Module):
 
     def _gate(self, index: int, step: int, moment: Moment) -> Tensor:
         group, logits = self.groups[index], self.logits[index]
-        if self.variant == "paper":
+        if self.variant == "plus_plus":
             self._move_mask(index, step, moment)
             mask = self.keep_masks[index].to(logits.device)
             return attention(logits, mask, group.num_kept / group.num_units)

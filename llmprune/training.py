@@ -388,7 +388,7 @@ def _scores(engine: SequentialAttention, pools: list[Pool], gates: Gates) -> Uni
     logits = [parameter.detach().float().cpu() for parameter in engine.logits]
     scale: dict[str, Tensor] = {}
     dropped: dict[str, Tensor] = {}
-    if engine.variant == "paper":
+    if engine.variant == "plus_plus":
         scale = _unpooled(engine.scales(), pools, gates)
         dropped = _unpooled(engine.dropped_at, pools, gates)
     return UnitScores(scores=_unpooled(logits, pools, gates), dropped_at=dropped, scale=scale)

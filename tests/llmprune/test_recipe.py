@@ -23,7 +23,7 @@ def read(tmp_path, text, overrides=None):
         (SMALL + "budget: {sparsity: 0.2}\n", "no kind to act on"),
         (SMALL + "gates: {dense: 0.5}\n", "must be 1, got 1.5"),
         (SMALL + "gates: {temperature: [3, 1]}\n", "temperature"),
-        (SMALL + "gates: {variant: paper, prior: none}\n", "dense phase"),
+        (SMALL + "gates: {variant: plus_plus, prior: none}\n", "dense phase"),
         (
             "model: {source: a/b}\nprune: {mlp_channels: {sparsity: 0.5, scope: model}}\n",
             "per_layer",

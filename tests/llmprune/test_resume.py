@@ -34,8 +34,8 @@ def base(saved_folder):
 
 VARIANTS = {
     "capped": {},
-    "paper": {
-        "variant": "paper",
+    "plus_plus": {
+        "variant": "plus_plus",
         "train": "all",
         "dense": 0.2,
         "sparsify": 0.6,

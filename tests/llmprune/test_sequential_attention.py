@@ -259,20 +259,20 @@ def run(engine, steps=None, seed=0):
     return masks
 
 
-@pytest.mark.parametrize("variant", ["capped", "paper"])
+@pytest.mark.parametrize("variant", ["capped", "plus_plus"])
 def test_survivors_are_exactly_as_many_as_asked_for_whatever_the_sizes(variant):
     groups = [Group(n, k) for n in range(1, 14) for k in range(1, n + 1)]
     engine = SequentialAttention(groups, cycles(11), variant=variant)
     run(engine)
     assert [int(mask.sum()) for mask in engine.survivors()] == [g.num_kept for g in groups]
-    if variant == "paper":
+    if variant == "plus_plus":
         assert [int(mask.sum()) for mask in engine.keep_masks] == [g.num_kept for g in groups]
     scales = engine.scales()
     for keep_mask, scale in zip(engine.survivors(), scales, strict=True):
         assert torch.equal(scale > 0, keep_mask)
 
 
-@pytest.mark.parametrize("variant", ["capped", "paper"])
+@pytest.mark.parametrize("variant", ["capped", "plus_plus"])
 @pytest.mark.parametrize("shares", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.5, 0.5, 0), (0, 0, 0)])
 def test_survivors_are_exactly_as_many_whatever_the_phases(variant, shares):
     dense, sparsify, sparse = shares
@@ -286,7 +286,7 @@ def test_survivors_are_exactly_as_many_whatever_the_phases(variant, shares):
 def test_paper_masks_are_nested_while_sparsifying_and_within_the_budget():
     groups = [Group(40, 13), Group(7, 2), Group(5, 5)]
     schedule = cycles(60, number=3)
-    engine = SequentialAttention(groups, schedule, variant="paper")
+    engine = SequentialAttention(groups, schedule, variant="plus_plus")
     masks = run(engine)
     for step in range(60):
         moment = schedule.at(step)
@@ -303,7 +303,7 @@ def test_paper_masks_are_nested_while_sparsifying_and_within_the_budget():
 
 
 def test_units_can_come_back_in_a_dense_phase():
-    engine = SequentialAttention([Group(30, 10)], cycles(40, number=2), variant="paper")
+    engine = SequentialAttention([Group(30, 10)], cycles(40, number=2), variant="plus_plus")
     masks = run(engine)
     ends_first, ends_second = masks[19][0], masks[39][0]
     assert int(ends_first.sum()) == int(ends_second.sum()) == 10
@@ -314,7 +314,7 @@ def test_units_can_come_back_in_a_dense_phase():
 
 def test_the_lowest_logits_leave_first_and_the_step_is_noted():
     schedule = Schedule((Phase("sparsify", 4), Phase("sparse", 1)))
-    engine = SequentialAttention([Group(4, 1)], schedule, variant="paper")
+    engine = SequentialAttention([Group(4, 1)], schedule, variant="plus_plus")
     engine.logits[0].data = torch.tensor([0.3, 0.0, 0.2, 0.1])
     for step in range(5):
         engine.gates(step)
@@ -327,7 +327,7 @@ def test_the_lowest_logits_leave_first_and_the_step_is_noted():
 
 def test_a_unit_that_left_gets_gate_zero_and_no_gradient():
     schedule = Schedule((Phase("sparsify", 1), Phase("sparse", 1)))
-    engine = SequentialAttention([Group(4, 2)], schedule, variant="paper")
+    engine = SequentialAttention([Group(4, 2)], schedule, variant="plus_plus")
     engine.logits[0].data = torch.tensor([0.3, 0.0, 0.2, 0.1])
     engine.gates(0)
     (gate,) = engine.gates(1)
@@ -338,7 +338,7 @@ def test_a_unit_that_left_gets_gate_zero_and_no_gradient():
 
 
 def test_asking_twice_for_a_step_changes_nothing():
-    engine = SequentialAttention([Group(20, 5)], cycles(10), variant="paper")
+    engine = SequentialAttention([Group(20, 5)], cycles(10), variant="plus_plus")
     for step in range(10):
         first = engine.gates(step)[0].detach().clone()
         state = engine.state()
@@ -348,7 +348,7 @@ def test_asking_twice_for_a_step_changes_nothing():
 
 
 def test_paper_gates_are_one_at_the_start():
-    engine = SequentialAttention([Group(6, 2)], cycles(10), variant="paper")
+    engine = SequentialAttention([Group(6, 2)], cycles(10), variant="plus_plus")
     assert torch.equal(engine.gates(0)[0], torch.ones(6))
 
 
@@ -384,7 +384,7 @@ def test_the_temperature_rises_from_first_to_last_geometrically():
 
 
 def test_ties_go_to_low_indices():
-    for variant in ("capped", "paper"):
+    for variant in ("capped", "plus_plus"):
         engine = SequentialAttention([Group(6, 3)], cycles(10), variant=variant)
         for step in range(10):
             engine.gates(step)
@@ -394,7 +394,7 @@ def test_ties_go_to_low_indices():
 
 
 def test_paper_scales_are_attention_over_the_survivors_and_clipped():
-    engine = SequentialAttention([Group(8, 2)], cycles(10), variant="paper")
+    engine = SequentialAttention([Group(8, 2)], cycles(10), variant="plus_plus")
     run(engine)
     engine.logits[0].data *= 100
     scale, keep_mask = engine.scales()[0], engine.survivors()[0]
@@ -403,7 +403,7 @@ def test_paper_scales_are_attention_over_the_survivors_and_clipped():
     assert float(scale.max()) <= 4.0
 
 
-@pytest.mark.parametrize("variant", ["capped", "paper"])
+@pytest.mark.parametrize("variant", ["capped", "plus_plus"])
 def test_a_resumed_engine_walks_the_same_way(variant):
     groups = [Group(25, 9), Group(6, 3)]
     for stop in (1, 7, 13, 24):
@@ -421,7 +421,7 @@ def test_a_resumed_engine_walks_the_same_way(variant):
 
 
 def test_a_state_is_a_copy():
-    engine = SequentialAttention([Group(9, 3)], cycles(30, number=3), variant="paper")
+    engine = SequentialAttention([Group(9, 3)], cycles(30, number=3), variant="plus_plus")
     run(engine, range(9))
     state = engine.state()
     before = {name: value.clone() for name, value in state.items()}

@@ -123,7 +123,7 @@ def equal_scores(one, other):
 
 
 @pytest.mark.parametrize("train_what", ["gates", "lora", "all"])
-@pytest.mark.parametrize("variant", ["capped", "paper"])
+@pytest.mark.parametrize("variant", ["capped", "plus_plus"])
 def test_the_optimizer_forgets_at_every_phase_boundary(variant, train_what, monkeypatch):
     sizes = {}
     step_once = Batches.train_step
@@ -140,7 +140,7 @@ def test_the_optimizer_forgets_at_every_phase_boundary(variant, train_what, monk
     assert len(sizes) == 16
 
 
-@pytest.mark.parametrize("variant", ["capped", "paper"])
+@pytest.mark.parametrize("variant", ["capped", "plus_plus"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_runs_for_every_family_and_gives_scores_for_every_unit(family, variant):
     kinds = ("heads", "mlp_channels", "hidden_channels", "layers", "mlp_sublayers")
@@ -185,7 +185,7 @@ def test_no_steps_leave_the_priors_order():
 
 
 def test_equal_runs_give_equal_scores_and_a_loss_that_is_finite():
-    for options in ({"variant": "paper"}, {"train": "lora"}, {"train": "all"}):
+    for options in ({"variant": "plus_plus"}, {"train": "lora"}, {"train": "all"}):
         runs = [train(tiny_model("llama"), **options) for _ in range(2)]
         assert equal_scores(runs[0].scores, runs[1].scores)
         assert runs[0].losses == runs[1].losses
@@ -456,7 +456,7 @@ def test_of_two_heads_that_do_the_same_exactly_one_goes(seed):
 
 
 @pytest.mark.parametrize("train_what", ["gates", "lora", "all"])
-@pytest.mark.parametrize("variant", ["capped", "paper"])
+@pytest.mark.parametrize("variant", ["capped", "plus_plus"])
 def test_a_resumed_run_gives_the_same_scores(variant, train_what, tmp_path):
     options = {"variant": variant, "train": train_what, "dense": 0.25, "sparsify": 0.5}
     options |= {"sparse": 0.25, "cycles": 2}
@@ -517,7 +517,7 @@ trained = Trained(tiny_model("llama").float(), recipe)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train_what", ["gates", "all"])
-@pytest.mark.parametrize("variant", ["capped", "paper"])
+@pytest.mark.parametrize("variant", ["capped", "plus_plus"])
 def test_two_processes_find_the_plan_that_one_finds(variant, train_what, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
