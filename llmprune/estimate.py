@@ -10,12 +10,12 @@ import torch
 
 from llmprune.architectures import architecture_of
 from llmprune.cost import Cost, measure_cost
+from llmprune.cut_config import check_form
 from llmprune.precision import faster_precision
 from llmprune.recipe import ModelSource, Recipe
 from llmprune.selection import Targets, find_targets, target_widths
 from llmprune.self_generated import SELF_GENERATED
 from llmprune.sources import load_config
-from llmprune.surgery import check_form
 from llmprune.units import UnitMap, map_units
 
 if TYPE_CHECKING:

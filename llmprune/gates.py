@@ -4,7 +4,8 @@ A gate multiplies what a unit contributes, never a weight: heads and MLP channel
 the projection that writes to the residual stream, sublayers and layers at its output, hidden
 channels at every write into the stream. Nested kinds multiply. The gated model is the function of
 the cut model: RMS norms keep the dense scale (the cut folds the ratio into weight and eps), and a
-LayerNorm takes its statistics over the channels whose gate is not zero.
+LayerNorm takes its statistics over the channels whose gate is not zero. With mean compensation a
+closed gate leaves the unit's mean behind instead of zero.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmprune.compensation import Place, UnitMeans, left_without, written
 from llmprune.errors import InputError
 from llmprune.plan import PrunePlan
 from llmprune.recipe import UnitKind
@@ -33,9 +35,14 @@ class Gates:
             gradient. A group that is not there is open.
     """
 
-    def __init__(self, unit_map: UnitMap, group_names: Iterable[str]) -> None:
+    def __init__(
+        self, unit_map: UnitMap, group_names: Iterable[str], means: UnitMeans | None = None
+    ) -> None:
         self.unit_map = unit_map
         self.group_names = tuple(group_names)
+        self.means = means
+        # removed sublayers whose mean has no place to go
+        self.uncompensated: set[Place] = set()
         self.values: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._are_open = False
@@ -70,6 +77,7 @@ class Gates:
             value[kept] = 1.0 if scale is None else torch.tensor(scale, dtype=torch.float64)
             values[name] = value
         self.set(values)
+        self.uncompensated = left_without(self.unit_map, plan)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -95,7 +103,12 @@ class Gates:
         self._handles.append(handle)
 
 
-def attach_gates(model: PreTrainedModel, unit_map: UnitMap, kinds: Iterable[UnitKind]) -> Gates:
+def attach_gates(
+    model: PreTrainedModel,
+    unit_map: UnitMap,
+    kinds: Iterable[UnitKind],
+    means: UnitMeans | None = None,
+) -> Gates:
     """Put open gates on every unit of the named kinds, in place.
 
     The model's outputs are bit-equal until values are set, and with all values 1.
@@ -104,10 +117,12 @@ def attach_gates(model: PreTrainedModel, unit_map: UnitMap, kinds: Iterable[Unit
         model: The model that `unit_map` was made from.
         unit_map: Its units.
         kinds: Kinds to gate.
+        means: Mean activations that closed gates leave in place (mean compensation; hidden channels
+            have none), or None for zeros.
     """
     kinds = tuple(kinds)
     names = [group.name for group in unit_map.groups.values() if group.kind in kinds]
-    gates = Gates(unit_map, names)
+    gates = Gates(unit_map, names, means)
     architecture = unit_map.architecture
     for index in range(unit_map.num_layers):
         for branch in ("attention", "mlp"):
@@ -154,7 +169,11 @@ def _gate_read(gates: Gates, index: int, branch: Branch) -> Callable[..., Any]:
                 gate = value if gate is None else gate * value
         if gate is None:
             return None
-        return (args[0] * gate.to(args[0]), *args[1:])
+        value = args[0] * gate.to(args[0])
+        if gates.means is not None:
+            mean = gates.means.read[index, branch].to(gate.device)
+            value = value + ((1 - gate.double()) * mean).to(value)
+        return (value, *args[1:])
 
     return hook
 
@@ -164,10 +183,16 @@ def _gate_write(gates: Gates, index: int, branch: Branch) -> Callable[..., Any]:
     kinds = [kind for kind, own in BRANCH_KINDS.items() if own == branch]
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        gate: Tensor | None = None
         for kind in (*kinds, "layers"):
             value = gates.value(kind)
             if value is not None:
-                output = output * value[index].to(output)
+                gate = value[index] if gate is None else gate * value[index]
+        if gate is not None:
+            output = output * gate.to(output)
+            if gates.means is not None and (index, branch) not in gates.uncompensated:
+                mean = written(module, gates.means.read[index, branch])
+                output = output + ((1 - gate.double()) * mean).to(output)
         hidden = gates.value("hidden_channels")
         return output if hidden is None else output * hidden.to(output)
 

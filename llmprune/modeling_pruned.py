@@ -5,7 +5,8 @@ that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` load
 `import llmprune` registers the same classes, and then no remote code is needed. What differs from
 layer to layer stands in `config.per_layer_config`, transformers' own format: `intermediate_size`,
 `num_attention_heads`, `num_key_value_heads` (the family's key for each) and
-`skip: [attention | mlp]`. GPT-2 also reads `head_dim`.
+`skip: [attention | mlp]`. GPT-2 also reads `head_dim`. With `write_bias: true` the projections that
+write to the residual stream have a bias in families whose own class gives them none.
 """
 
 from typing import Any
@@ -86,6 +87,7 @@ class _DifferingLayers:
     layer_class: type[nn.Module]
     attention_name = "self_attn"
     norm_names = ("input_layernorm", "post_attention_layernorm")
+    write_names = ("self_attn.o_proj", "mlp.down_proj")
     heads_keys: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads")
 
     def __init__(self: Any, config: Any) -> None:
@@ -107,6 +109,11 @@ class _DifferingLayers:
         for index in range(num_layers):
             own = config.per_layer_config[index] if config.is_heterogeneous else config
             layer = self.build_layer(own, index)
+            if getattr(config, "write_bias", False):
+                for name in self.write_names:
+                    write = layer.get_submodule(name)
+                    if write.bias is None:
+                        write.bias = nn.Parameter(write.weight.new_zeros(config.hidden_size))
             skipped = set(getattr(own, "skip", None) or ())
             if "attention" in skipped:
                 setattr(layer, self.attention_name, NoHeads())
@@ -241,6 +248,7 @@ class PrunedGPT2Model(_DifferingLayers, GPT2Model):
     layer_class = GPT2Block
     attention_name = "attn"
     norm_names = ("ln_1", "ln_2")
+    write_names = ()
     heads_keys = ("num_attention_heads",)
 
     def build_layer(self, own: Any, index: int) -> nn.Module:

@@ -20,6 +20,7 @@ from llmprune.baselines import baseline_scores
 from llmprune.calibration import CalibrationSet
 from llmprune.card import run_card
 from llmprune.checkpoint import cast_parameters, load_pruned, load_weights, save_pruned
+from llmprune.cut_config import check_form
 from llmprune.files import save_tensors, save_text
 from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
@@ -30,7 +31,7 @@ from llmprune.scores import UnitScores
 from llmprune.selection import Pool, choose, find_targets, pools, target_widths
 from llmprune.self_generated import SELF_GENERATED, sample_rows, self_generated_set
 from llmprune.sources import LoadedModel, load_config, load_dense
-from llmprune.surgery import check_form, cut
+from llmprune.surgery import cut
 from llmprune.texts import corpus_of, read_texts, resolve_text, text_name
 from llmprune.trained_weights import TrainedWeights
 from llmprune.training import (

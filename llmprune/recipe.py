@@ -236,7 +236,8 @@ class Recipe(_Part):
     """Everything a run needs. Read one with `Recipe.read(path)`.
 
     `method` is how units are scored: `sequential_attention` trains gates as `gates` says; the
-    others are baselines (llmprune/baselines.py), with all else the same.
+    others are baselines (llmprune/baselines.py), with all else the same. `compensation: mean` keeps
+    what removed units add on average as a bias (llmprune/compensation.py).
     """
 
     model: ModelSource
@@ -245,6 +246,7 @@ class Recipe(_Part):
     budget: Budget | None = None
     method: Method = "sequential_attention"
     gates: GateTraining = GateTraining()
+    compensation: Literal["none", "mean"] = "none"
     reconstruction: Reconstruction | None = None
     recovery: Recovery = Recovery()
     training: Training = Training()

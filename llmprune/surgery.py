@@ -1,28 +1,31 @@
-"""cut(model, plan): slice weights, drop layers, fix the config."""
+"""cut(model, plan): slice weights, drop layers, build the model of the new shape."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llmprune.architectures import PER_LAYER_PREFIX, Architecture
-from llmprune.architectures.table import Axis
-from llmprune.errors import InputError
+from llmprune.architectures import PER_LAYER_PREFIX
+from llmprune.architectures.table import Axis, parse_axes
+from llmprune.compensation import UnitMeans, compensated_biases
+from llmprune.cut_config import ExportFormat, per_layer_config, uniform_config
 from llmprune.plan import KeptLayer, PrunePlan
-from llmprune.units import LayerWidths, ParameterAxes, UnitMap, Widths, map_units
+from llmprune.units import ParameterAxes, UnitMap, Widths, map_units
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-ExportFormat = Literal["uniform", "per_layer"]
-
 
 def cut(
-    model: PreTrainedModel, plan: PrunePlan, *, form: ExportFormat = "uniform"
+    model: PreTrainedModel,
+    plan: PrunePlan,
+    *,
+    form: ExportFormat = "uniform",
+    means: UnitMeans | None = None,
 ) -> PreTrainedModel:
     """A plain Hugging Face model that computes what `model` computes with the plan's units gone.
 
@@ -30,6 +33,7 @@ def cut(
         model: The dense model, ungated; it is left as it is.
         plan: Made for this model; its scales are folded into the weights.
         form: `uniform` gives a stock class; `per_layer` one of `llmprune.modeling_pruned`.
+        means: Mean activations that removed units leave behind as a bias, or None for nothing.
 
     Raises:
         InputError: The plan is not for this model, or `form` can't express its shape; the message
@@ -38,160 +42,15 @@ def cut(
     unit_map = map_units(model)
     plan.validate(unit_map)
     widths = plan.widths(unit_map)
+    biased = means is not None
     if form == "uniform":
-        config = uniform_config(model.config, unit_map, widths)
+        config = uniform_config(model.config, unit_map, widths, biased=biased)
     else:
-        config = per_layer_config(model.config, unit_map, widths)
+        config = per_layer_config(model.config, unit_map, widths, biased=biased)
     state = dict(_sliced_parameters(model, unit_map, plan, widths))
+    if means is not None:
+        state |= _biases(model, unit_map, plan, means, all_kinds=form == "uniform")
     return _build(config, state, model)
-
-
-def check_form(
-    model: PreTrainedModel, unit_map: UnitMap, widths: Widths, form: ExportFormat
-) -> None:
-    """Refuse, before any work is done, a shape that an export form can't express.
-
-    Raises:
-        InputError: As `cut`.
-    """
-    if form == "uniform":
-        uniform_config(model.config, unit_map, widths)
-    else:
-        per_layer_config(model.config, unit_map, widths)
-
-
-def uniform_config(config: Any, unit_map: UnitMap, widths: Widths) -> PretrainedConfig:
-    """The stock config of a cut shape.
-
-    Raises:
-        InputError: No stock class has this shape: layers differ, lack a sublayer, or the family
-            ties head_dim to the hidden size.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    architecture = unit_map.architecture
-    _refuse_differing(unit_map, widths)
-    data = _config_data(config, unit_map, widths)
-    data.update(_layer_data(architecture, widths.kept_layers[0]))
-    if architecture.head_dim_free:
-        data["head_dim"] = unit_map.head_dim
-    try:
-        return AutoConfig.for_model(architecture.family, **data)
-    except (ValueError, StrictDataclassError) as error:
-        refusal = " ".join(str(error).split())
-    if architecture.stands_in is None:
-        raise InputError(_use_per_layer(f"{architecture.family}'s config refuses it ({refusal})"))
-    family, must_be_off = architecture.stands_in
-    switched_on = [key for key in must_be_off if data.pop(key, None)]
-    if switched_on:
-        reason = f"{architecture.family}'s config refuses it and {family} has no {switched_on[0]}"
-        raise InputError(_use_per_layer(reason))
-    data.pop("pretraining_tp", None)
-    return AutoConfig.for_model(family, sliding_window=None, **data)
-
-
-def per_layer_config(config: Any, unit_map: UnitMap, widths: Widths) -> PretrainedConfig:
-    """The config of `llmprune.modeling_pruned` for a cut shape.
-
-    Raises:
-        InputError: A layer without attention in a model that mixes attention types.
-    """
-    from llmprune.modeling_pruned import CLASSES
-
-    architecture = unit_map.architecture
-    data = _config_data(config, unit_map, widths)
-    data["head_dim"] = unit_map.head_dim
-    layers = widths.kept_layers
-    if len(set(data.get("layer_types") or ())) > 1 and not all(layer.attention for layer in layers):
-        raise InputError(
-            "attention_sublayers: can't be removed from a model that mixes layer_types "
-            f"({', '.join(sorted(set(data['layer_types'])))}); remove whole layers instead"
-        )
-    shared = _layer_data(architecture, layers[0])
-    data.update(shared)
-    own: dict[int, dict[str, Any]] = {}
-    for index, layer in enumerate(layers):
-        values = _layer_data(architecture, layer)
-        different: dict[str, Any] = {
-            key: value for key, value in values.items() if value != shared[key]
-        }
-        gone = [branch for branch in ("attention", "mlp") if not getattr(layer, branch)]
-        if gone:
-            different["skip"] = gone
-        if different:
-            own[index] = different
-    config_class, model_class, lm_class = CLASSES[architecture.family]
-    built = config_class(**data, per_layer_config=own or None)
-    module = model_class.__module__.rpartition(".")[2]
-    built.auto_map = {
-        "AutoConfig": f"{module}.{config_class.__name__}",
-        "AutoModel": f"{module}.{model_class.__name__}",
-        "AutoModelForCausalLM": f"{module}.{lm_class.__name__}",
-    }
-    return built
-
-
-def _refuse_differing(unit_map: UnitMap, widths: Widths) -> None:
-    layers = widths.kept_layers
-    architecture = unit_map.architecture
-    for branch in ("attention", "mlp"):
-        if not all(getattr(layer, branch) for layer in layers):
-            raise InputError(_use_per_layer(f"a layer has lost its {branch}"))
-    if len(set(layers)) > 1:
-        raise InputError(_use_per_layer("its layers differ in width"))
-    query = layers[0].num_attention_heads * unit_map.head_dim
-    if not architecture.head_dim_free and query != widths.hidden_size:
-        raise InputError(
-            _use_per_layer(
-                f"a stock {architecture.family} derives head_dim as hidden_size / heads "
-                f"({widths.hidden_size} / {layers[0].num_attention_heads}), "
-                f"which is not {unit_map.head_dim}"
-            )
-        )
-
-
-def _use_per_layer(reason: str) -> str:
-    return (
-        f"export.format uniform can't express this plan: {reason}; "
-        "use export.format: per_layer, or prune other kinds"
-    )
-
-
-def _config_data(config: Any, unit_map: UnitMap, widths: Widths) -> dict[str, Any]:
-    """The dense config's values with all but the per-layer counts set for the cut shape."""
-    architecture = unit_map.architecture
-    data = config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "auto_map"):
-        data.pop(key, None)
-    for key in ("per_layer_config", "head_dim", "quantization_config"):
-        data.pop(key, None)
-    kept = [index for index, layer in enumerate(widths.layers) if layer is not None]
-    if data.get("scale_attn_by_inverse_layer_idx") and len(kept) < len(widths.layers):
-        raise InputError(
-            "layers: must all stay in a model with scale_attn_by_inverse_layer_idx, whose "
-            "attention depends on a layer's number; prune other kinds"
-        )
-    data[architecture.config_key("hidden_size")] = widths.hidden_size
-    data[architecture.config_key("num_hidden_layers")] = len(kept)
-    if data.get("layer_types"):
-        data["layer_types"] = [data["layer_types"][index] for index in kept]
-    if data.get("max_window_layers") is not None:
-        data["max_window_layers"] = sum(index < data["max_window_layers"] for index in kept)
-    if architecture.norm_kind == "rms":
-        ratio = unit_map.dense.hidden_size / widths.hidden_size
-        data[architecture.norm_eps] = data[architecture.norm_eps] * ratio
-    return data
-
-
-def _layer_data(architecture: Architecture, layer: LayerWidths) -> dict[str, int]:
-    data = {
-        architecture.config_key("num_attention_heads"): layer.num_attention_heads,
-        architecture.config_key("intermediate_size"): layer.intermediate_size,
-    }
-    if architecture.family != "gpt2":
-        data["num_key_value_heads"] = layer.num_key_value_heads
-    return data
 
 
 def _build(
@@ -240,6 +99,40 @@ def _sliced_parameters(
                 value = value.index_select(dim, index.to(value.device))
         value = factors.apply(parameter, value)
         yield _renamed(unit_map, parameter, position), value.contiguous().clone()
+
+
+def _biases(
+    model: PreTrainedModel,
+    unit_map: UnitMap,
+    plan: PrunePlan,
+    means: UnitMeans,
+    *,
+    all_kinds: bool,
+) -> dict[str, Tensor]:
+    """Biases that hold the means of what is gone; with `all_kinds` zeros for the other new ones."""
+    architecture = unit_map.architecture
+    widths = plan.widths(unit_map)
+    position = {old: new for new, old in enumerate(_kept_layers(widths))}
+    hidden = torch.tensor(plan.kept_in(unit_map.groups["hidden_channels"]))
+    scale = torch.tensor(plan.scale.get("hidden_channels", (1.0,)), dtype=torch.float64)
+    found: dict[str, Tensor] = {}
+    if all_kinds and architecture.bias_keys:
+        new = set(architecture.layer_weights) - {
+            p.name.removeprefix(f"{architecture.layers}.{p.layer}.") for p in unit_map.parameters
+        }
+        for local in sorted(name for name in new if name.endswith(".bias")):
+            for old in position:
+                axes = parse_axes(architecture.layer_weights[local])
+                size = unit_map.axis_size(axes[0], old, widths)
+                found[f"{architecture.layers}.{position[old]}.{local}"] = torch.zeros(
+                    size, dtype=model.dtype
+                )
+    for (layer, branch), bias in compensated_biases(model, unit_map, plan, means).items():
+        write = getattr(architecture, branch).write
+        name = f"{architecture.layers}.{position[layer]}.{write}.bias"
+        kept = bias[hidden.to(bias.device)] * scale.to(bias.device)
+        found[name] = kept.to(model.dtype).contiguous()
+    return found
 
 
 def _kept_layers(widths: Widths) -> list[int]:

@@ -39,5 +39,6 @@ GPT2 = Architecture(
         "num_hidden_layers": "n_layer",
     },
     head_dim_free=False,
+    biased_as=("gpt2", ()),
     norm_eps="layer_norm_epsilon",
 )

@@ -40,6 +40,8 @@ LLAMA = Architecture(
     # LlamaConfig refuses a hidden_size that is not a multiple of the number of heads;
     # MistralConfig has no such rule, the same weight names and, with no window, the same function.
     stands_in=("mistral", ("attention_bias", "mlp_bias")),
+    biased_as=("llama", ()),
+    bias_keys=("attention_bias", "mlp_bias"),
 )
 
-MISTRAL = replace(LLAMA, family="mistral", stands_in=None)
+MISTRAL = replace(LLAMA, family="mistral", stands_in=None, biased_as=("llama", ("sliding_window",)))

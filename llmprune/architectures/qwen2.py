@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from llmprune.architectures.llama import LLAMA
 
-QWEN2 = replace(LLAMA, family="qwen2", stands_in=None)
+QWEN2 = replace(LLAMA, family="qwen2", stands_in=None, biased_as=("llama", ("use_sliding_window",)))

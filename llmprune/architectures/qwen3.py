@@ -14,4 +14,5 @@ QWEN3 = replace(
     },
     qk_normed=("self_attn.q_proj", "self_attn.k_proj"),
     stands_in=None,
+    biased_as=None,
 )

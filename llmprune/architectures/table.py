@@ -53,6 +53,10 @@ class Architecture:
         head_dim_free: Whether the stock class takes a head_dim other than hidden_size / heads.
         stands_in: A family whose class computes the same function and accepts shapes that this
             family's config refuses, with the config keys that must be falsy for it.
+        biased_as: A family whose stock class computes the same function with a bias on every
+            projection that writes to the residual stream, with the config keys that must be falsy
+            for it; None where no stock class does.
+        bias_keys: The config keys of that family that switch its biases on.
     """
 
     family: str
@@ -69,6 +73,8 @@ class Architecture:
     qk_normed: tuple[str, ...] = ()
     head_dim_free: bool = True
     stands_in: tuple[str, tuple[str, ...]] | None = None
+    biased_as: tuple[str, tuple[str, ...]] | None = None
+    bias_keys: tuple[str, ...] = ()
     norm_eps: str = field(default="rms_norm_eps")
 
     def config_key(self, name: str) -> str:

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 from llmprune import stock_logits
 from llmprune.checkpoint import load_pruned, save_pruned
+from llmprune.cut_config import check_form
 from llmprune.errors import InputError
 from llmprune.plan import PrunePlan
 from llmprune.recipe import UNIT_KINDS
-from llmprune.surgery import check_form, cut
+from llmprune.surgery import cut
 from llmprune.units import map_units
 from tests.llmprune.tiny import (
     FAMILIES,
