@@ -2,7 +2,7 @@
 
 Nothing of transformers is in here. A problem gives the sizes of its groups and how many units each
 keeps; `SequentialAttention` holds a logit per unit and says at every step what each unit's gate is.
-Two variants share schedule, masks and bookkeeping:
+Three variants share schedule, masks and bookkeeping:
 
 * `plus_plus` - SequentialAttention++ as published (Yasuda et al. 2024, arXiv 2402.17902): attention
   A = n softmax(L) over the units that are alive, clipped to [density, 1 / density], times a 0/1
@@ -12,6 +12,11 @@ Two variants share schedule, masks and bookkeeping:
   budget. At full budget they are exactly 1 whatever the logits are (the paper's A scales units
   before anything is removed); units at 1 are Sequential Attention's selected set, the others share
   what is left by a softmax. The temperature T rises until nothing is soft.
+* `magnitude` - the control: masks move as in `plus_plus`, but by scores that are handed in, and
+  no logit learns.
+
+A second control is the curve `at_once`, without the gradual phase: by the paper's own ablation
+about three quarters of its gain over plain alternation of dense and sparse phases come with it.
 """
 
 from __future__ import annotations
@@ -24,8 +29,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from llmprune.capped_softmax import capped_softmax, fill
+
 PhaseKind = Literal["dense", "sparsify", "sparse"]
-Variant = Literal["capped", "plus_plus"]
+Variant = Literal["capped", "plus_plus", "magnitude"]
+Curve = Literal["gradual", "at_once"]
 
 # The curve of the budget in a sparsification phase: fast first, slow at the end (the paper's c).
 CURVATURE = 4.0
@@ -106,64 +114,89 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that compete with one another: how many there are and how many stay."""
+    """Units that compete with one another: how many there are and how many stay.
+
+    Attributes:
+        num_units: How many there are.
+        num_kept: How many stay; with costs, the most that may.
+        costs: Cost per unit, positive, or None where all count alike.
+        budget: With costs: what the units that stay may cost together.
+    """
 
     num_units: int
     num_kept: int
+    costs: tuple[float, ...] | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_kept <= self.num_units:
             raise ValueError(
                 f"a group must keep between 1 and {self.num_units} units, got {self.num_kept}"
             )
+        if (self.costs is None) != (self.budget is None):
+            raise ValueError("a group needs costs and a budget, or neither")
+
+    @staticmethod
+    def of_costs(costs: Sequence[float], budget: float) -> Group:
+        """Units of unequal cost, of which those stay that a budget pays for.
+
+        Raises:
+            ValueError: A cost that is not positive, or a budget that pays for no unit or for more
+                than all.
+        """
+        if not costs or min(costs) <= 0:
+            raise ValueError(f"costs must be positive, got {list(costs)}")
+        total = math.fsum(costs)
+        if not min(costs) <= budget <= total * (1 + 1e-9):
+            raise ValueError(f"budget must be between {min(costs)} and {total}, got {budget}")
+        prices = torch.tensor(costs, dtype=torch.float64)
+        most = fill(-prices, budget, prices)
+        return Group(len(costs), int(most.sum()), tuple(costs), min(budget, total))
+
+    @property
+    def total(self) -> float:
+        """Cost of all units; without costs, their number."""
+        return self.num_units if self.costs is None else math.fsum(self.costs)
+
+    @property
+    def final(self) -> float:
+        """Cost of what stays, at most; without costs, `num_kept`."""
+        return self.num_kept if self.budget is None else self.budget
+
+    @property
+    def density(self) -> float:
+        """Share of the cost that stays."""
+        return self.final / self.total
 
     def budget_at(self, progress: float) -> float:
-        """Units allowed at `progress` of a sparsification phase; a real number."""
-        final = 1 - self.num_kept / self.num_units
-        return self.num_units * (1 - sparsity_at(progress, final))
+        """Units (with costs: cost) allowed at `progress` of a sparsification phase; real."""
+        return self.total * (1 - sparsity_at(progress, 1 - self.density))
 
 
-def capped_softmax(logits: Tensor, budget: float) -> Tensor:
-    """Gates min(1, exp(logits - tau)) with tau such that they sum to `budget`.
-
-    Water-filling: the m largest logits saturate at 1, where m is the smallest count for which the
-    softmax of the rest, scaled to budget - m, stays below 1. The gradient flows through the rest.
-
-    Args:
-        logits: Shape (n,), float.
-        budget: In (0, n]; at n the result is exactly 1 everywhere.
-
-    Returns:
-        Gates in (0, 1], shape (n,), summing to `budget`.
-    """
-    num_units = logits.shape[0]
-    if budget >= num_units:
-        # keeps the graph: a logit that has no say yet has gradient zero, not none
-        return torch.ones_like(logits) + 0.0 * logits
-    ordered, order = logits.detach().double().sort(descending=True)
-    tail = torch.logcumsumexp(ordered.flip(0), 0).flip(0)
-    saturated = torch.arange(num_units, dtype=torch.float64, device=logits.device)
-    left = (budget - saturated).clamp(min=torch.finfo(torch.float64).tiny)
-    fits = (ordered - tail + left.log() <= 0) & (saturated < budget)
-    count = int(fits.int().argmax())
-    free = order[count:]
-    gates = torch.ones_like(logits)
-    return gates.index_put((free,), (budget - count) * torch.softmax(logits[free], 0))
-
-
-def attention(logits: Tensor, keep_mask: Tensor, density: float) -> Tensor:
+def attention(
+    logits: Tensor, keep_mask: Tensor, density: float, costs: Tensor | None = None
+) -> Tensor:
     """SequentialAttention++'s A over the living units: n softmax, clipped to [density, 1/density].
+
+    With costs it is C e^L / sum(c e^L), C the cost of the living: 1 at equal logits like the
+    paper's, but what is shared out is cost.
 
     Args:
         logits: Shape (n,).
         keep_mask: Bool, shape (n,); at least one True.
-        density: Share of the units that the group keeps in the end.
+        density: Share of the units (of the cost) that the group keeps in the end.
+        costs: Shape (n,), positive; default 1.
 
     Returns:
-        Shape (n,), zero where `keep_mask` is False, mean 1 over the rest before clipping.
+        Shape (n,), zero where `keep_mask` is False, mean 1 (weighted by cost) over the rest before
+        clipping.
     """
     masked = logits.masked_fill(~keep_mask, -torch.inf)
-    weights = keep_mask.sum() * torch.softmax(masked, 0)
+    if costs is None:
+        weights = keep_mask.sum() * torch.softmax(masked, 0)
+    else:
+        costs = costs.to(logits)
+        weights = costs[keep_mask].sum() * torch.softmax(masked + costs.log(), 0) / costs
     return weights.clamp(density, 1 / density) * keep_mask
 
 
@@ -184,17 +217,54 @@ class SequentialAttention(nn.Module):
         variant: Variant = "capped",
         priors: Sequence[Tensor] | None = None,
         temperature: tuple[float, float] = (1.0, 30.0),
+        curve: Curve = "gradual",
     ) -> None:
+        """All units are alive.
+
+        Args:
+            groups: Who competes with whom.
+            schedule: The phases.
+            variant: What gates are made of.
+            priors: Where the logits start, one tensor per group; 0 by default.
+            temperature: Of the capped variant, at the start and end of a sparsification phase.
+            curve: How the budget falls in a sparsification phase: as the paper has it, or to its
+                final value at the first step.
+        """
         super().__init__()
         self.groups = tuple(groups)
         self.schedule = schedule
         self.variant = variant
         self.temperature = temperature
+        self.curve = curve
+        self.costs = [
+            None if group.costs is None else torch.tensor(group.costs, dtype=torch.float64)
+            for group in self.groups
+        ]
+        self._has_scores = priors is not None
         starts = priors or [torch.zeros(group.num_units) for group in self.groups]
         self.logits = nn.ParameterList(nn.Parameter(start.float().clone()) for start in starts)
         sizes = [group.num_units for group in self.groups]
         self.keep_masks = [torch.ones(size, dtype=torch.bool) for size in sizes]
         self.dropped_at = [torch.full((size,), -1) for size in sizes]
+        if variant == "magnitude":
+            self.logits.requires_grad_(False)
+
+    @torch.no_grad()
+    def set_scores(self, scores: Sequence[Tensor]) -> None:
+        """Hand in what the `magnitude` variant ranks by; before every step, as weights move.
+
+        Args:
+            scores: One tensor per group, shape (num_units,), higher stays. They take the place of
+                the logits, so that masks, survivors and state follow them.
+
+        Raises:
+            ValueError: Another variant, which learns its logits.
+        """
+        if self.variant != "magnitude":
+            raise ValueError(f"only the magnitude variant takes scores, got {self.variant!r}")
+        for logits, values in zip(self.logits, scores, strict=True):
+            logits.copy_(values)
+        self._has_scores = True
 
     def gates(self, step: int) -> list[Tensor]:
         """Gates of step `step`, one tensor per group, differentiable in the logits.
@@ -202,56 +272,76 @@ class SequentialAttention(nn.Module):
         Also moves the masks to where the schedule has them at this step, so steps must come in
         order; calling twice for one step changes nothing more.
         """
+        if self.variant == "magnitude" and not self._has_scores:
+            raise ValueError("the magnitude variant needs scores; call set_scores before gates")
         moment = self.schedule.at(step)
         return [self._gate(index, step, moment) for index in range(len(self.groups))]
 
     def _gate(self, index: int, step: int, moment: Moment) -> Tensor:
-        group, logits = self.groups[index], self.logits[index]
-        if self.variant == "plus_plus":
+        group, logits, costs = self.groups[index], self.logits[index], self.costs[index]
+        if self.variant != "capped":
             self._move_mask(index, step, moment)
             mask = self.keep_masks[index].to(logits.device)
-            return attention(logits, mask, group.num_kept / group.num_units)
+            if self.variant == "magnitude":
+                return mask.to(logits.dtype)
+            return attention(logits, mask, group.density, costs)
         if moment.kind == "dense":
-            return capped_softmax(logits, group.num_units)
+            return capped_softmax(logits, math.inf)
         if moment.kind == "sparsify":
             temperature = self._temperature_at(moment.progress)
-            return capped_softmax(temperature * logits, group.budget_at(moment.progress))
-        return _top(logits, group.num_kept).to(logits) + 0.0 * logits
+            return capped_softmax(temperature * logits, self._budget_at(group, moment), costs)
+        return self._fill(index, logits, group.final).to(logits) + 0.0 * logits
 
     def _temperature_at(self, progress: float) -> float:
         first, last = self.temperature
         return first * (last / first) ** progress
 
+    def _budget_at(self, group: Group, moment: Moment) -> float:
+        return group.budget_at(moment.progress if self.curve == "gradual" else 1.0)
+
+    def _fill(self, index: int, values: Tensor, budget: float) -> Tensor:
+        """Bool mask of the units with the largest values that the budget pays for."""
+        group, costs = self.groups[index], self.costs[index]
+        if costs is None:
+            # the last step's budget is num_kept up to rounding errors, which must not add a unit
+            return fill(values, math.ceil(budget - 1e-9))
+        # one that the final budget cannot pay for must not push out those that it can
+        hopeless = (costs > group.final).to(values.device)
+        return fill(values.masked_fill(hopeless, -torch.inf), budget, costs)
+
     def _move_mask(self, index: int, step: int, moment: Moment) -> None:
         """Dense: all live again. Sparsify: the lowest logits among the living leave."""
-        group, mask = self.groups[index], self.keep_masks[index]
+        mask = self.keep_masks[index]
         if moment.kind == "dense":
             mask.fill_(True)
             self.dropped_at[index].fill_(-1)
         if moment.kind == "sparsify":
-            # the last step's budget is num_kept up to rounding errors, which must not add a unit
-            allowed = math.ceil(group.budget_at(moment.progress) - 1e-9)
             alive = self.logits[index].detach().cpu().masked_fill(~mask, -torch.inf)
-            keep_mask = _top(alive, min(allowed, int(mask.sum())))
+            keep_mask = self._fill(index, alive, self._budget_at(self.groups[index], moment))
             self.dropped_at[index][mask & ~keep_mask] = step
-            self.keep_masks[index] = mask & keep_mask
+            self.keep_masks[index] = keep_mask
 
     def survivors(self) -> list[Tensor]:
-        """Who stays: one bool tensor per group, `num_kept` True in each; ties to low indices."""
+        """Who stays: one bool tensor per group, ties to low indices.
+
+        `num_kept` are True in each; with costs, as many as its budget pays for.
+        """
         chosen = []
-        for group, logits, mask in zip(self.groups, self.logits, self.keep_masks, strict=True):
+        for index, (logits, mask) in enumerate(zip(self.logits, self.keep_masks, strict=True)):
             alive = logits.detach().cpu().masked_fill(~mask, -torch.inf)
-            chosen.append(_top(alive, group.num_kept))
+            chosen.append(self._fill(index, alive, self.groups[index].final))
         return chosen
 
     def scales(self) -> list[Tensor]:
-        """The gate that each survivor ends with (1 in the capped variant), shape (num_units,)."""
+        """The gate that each survivor ends with (1 but for `plus_plus`), shape (num_units,)."""
         survivors = self.survivors()
-        if self.variant == "capped":
+        if self.variant != "plus_plus":
             return [keep_mask.float() for keep_mask in survivors]
         return [
-            attention(logits.detach().cpu(), keep_mask, group.num_kept / group.num_units)
-            for group, logits, keep_mask in zip(self.groups, self.logits, survivors, strict=True)
+            attention(logits.detach().cpu(), keep_mask, group.density, costs)
+            for group, logits, keep_mask, costs in zip(
+                self.groups, self.logits, survivors, self.costs, strict=True
+            )
         ]
 
     def state(self) -> dict[str, Tensor]:
@@ -265,16 +355,9 @@ class SequentialAttention(nn.Module):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take up what `state` gave."""
+        self._has_scores = True
         with torch.no_grad():
             for index, logits in enumerate(self.logits):
                 logits.copy_(state[f"logits.{index}"])
                 self.keep_masks[index] = state[f"keep_mask.{index}"].clone()
                 self.dropped_at[index] = state[f"dropped_at.{index}"].clone()
-
-
-def _top(values: Tensor, count: int) -> Tensor:
-    """Bool mask of the `count` largest; of equal values the one with the lower index first."""
-    order = torch.sort(values.detach(), descending=True, stable=True).indices
-    keep_mask = torch.zeros(values.shape[0], dtype=torch.bool, device=values.device)
-    keep_mask[order[:count]] = True
-    return keep_mask

@@ -1,0 +1,69 @@
+"""Gates between 0 and 1 that add up to a budget, and the filling of a budget with whole units."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def capped_softmax(logits: Tensor, budget: float, costs: Tensor | None = None) -> Tensor:
+    """Gates min(1, exp(logits - tau)) with tau such that gates times costs sum to `budget`.
+
+    Water-filling: the m largest logits saturate at 1, where m is the smallest count for which the
+    rest, sharing what is left of the budget by a softmax, stay below 1. The gradient flows through
+    the rest.
+
+    Args:
+        logits: Shape (n,), float.
+        budget: In (0, sum of costs]; at the sum the result is exactly 1 everywhere.
+        costs: Shape (n,), positive; default 1.
+
+    Returns:
+        Gates in (0, 1], shape (n,).
+    """
+    num_units = logits.shape[0]
+    costs = torch.ones(num_units) if costs is None else costs
+    costs = costs.to(logits.device, torch.float64)
+    if budget >= float(costs.sum()):
+        # keeps the graph: a logit that has no say yet has gradient zero, not none
+        return torch.ones_like(logits) + 0.0 * logits
+    ordered, order = logits.detach().double().sort(descending=True)
+    paid = costs[order]
+    tail = torch.logcumsumexp((ordered + paid.log()).flip(0), 0).flip(0)
+    spent = paid.cumsum(0) - paid
+    left = (budget - spent).clamp(min=torch.finfo(torch.float64).tiny)
+    fits = (ordered - tail + left.log() <= 0) & (spent < budget)
+    # true of the last unit that gets anything, whatever the rounding
+    fits[int((spent < budget).sum()) - 1] = True
+    count = int(fits.int().argmax())
+    free = order[count:]
+    price = costs[free].to(logits)
+    shares = torch.softmax(logits[free] + price.log(), 0) / price
+    return torch.ones_like(logits).index_put((free,), (budget - float(spent[count])) * shares)
+
+
+def fill(values: Tensor, budget: float, costs: Tensor | None = None) -> Tensor:
+    """Choose whole units for a budget: largest value first, passing over what no longer fits.
+
+    Args:
+        values: Shape (n,); of equal ones the lower index comes first. Minus infinity: never.
+        budget: What the chosen may cost together.
+        costs: Shape (n,), positive; default 1.
+
+    Returns:
+        Bool, shape (n,), True = chosen.
+    """
+    chosen = torch.zeros(values.shape, dtype=torch.bool)
+    order = torch.sort(values.detach(), descending=True, stable=True).indices
+    order = order[values.detach()[order] > -torch.inf].cpu()
+    if costs is None:
+        chosen[order[: int(budget)]] = True
+        return chosen.to(values.device)
+    prices = costs.tolist()
+    # sums of costs carry rounding errors, which must not cost a unit
+    left = budget * (1 + 1e-9)
+    for unit in order.tolist():
+        if prices[unit] <= left:
+            left -= prices[unit]
+            chosen[unit] = True
+    return chosen.to(values.device)
