@@ -1,148 +1,49 @@
 """Scores that need no gate training: priors of the gates, and baselines to beat.
 
-Every score is one number per unit, higher stays; it is comparable inside a unit group, and across
-the groups of one kind.
+Every score is an importance: one number per unit, not negative, higher stays, comparable inside a
+unit group and across the groups of one kind; how far across kinds, each function says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
+from llmprune.compensation import BRANCHES, Place, UnitMeans, write_of
 from llmprune.gates import attach_gates
-from llmprune.recipe import Method, UnitKind
-from llmprune.surgery import expand_units
-from llmprune.units import UnitGroup, UnitMap
+from llmprune.matching import backward_matching
+from llmprune.recipe import UnitKind
+from llmprune.statistics import ActivationStatistics
+from llmprune.units import UnitGroup, UnitMap, query_heads_per_group, unit_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-class ActivationStatistics:
-    """What flows through a model on a set of rows, summed over tokens in float64.
-
-    Attributes:
-        read: Write projection -> sum of squares of what it reads, shape (in_features,).
-        normed: Norm -> sum of squares of its output, shape (hidden_size,).
-        similarity: `layers.{i}.{attention|mlp|layer}` -> sum of cosines between the residual
-            stream before and after.
-        num_tokens: Tokens seen.
-    """
-
-    def __init__(self) -> None:
-        self.read: dict[str, Tensor] = {}
-        self.normed: dict[str, Tensor] = {}
-        self.similarity: dict[str, float] = {}
-        self.num_tokens = 0
+# Scores that come from one forward pass over the rows.
+Metric = Literal["activation", "wanda", "flap", "block_influence", "omp"]
+# Whose labels the gradients of gates come from: the text's, or drawn from the model itself.
+Labels = Literal["text", "model"]
+# Per kind of whole sublayers, the branches that go.
+PARTS: Mapping[UnitKind, tuple[str, ...]] = {
+    "attention_sublayers": ("attention",),
+    "mlp_sublayers": ("mlp",),
+    "layers": ("attention", "mlp"),
+}
+# Share of a sublayer's units that the matching removes before it ranks the rest anew.
+STEP_SHARE = 1 / 64
 
 
-@torch.no_grad()
-def collect_statistics(
-    model: PreTrainedModel, unit_map: UnitMap, batches: Iterable[Tensor]
-) -> ActivationStatistics:
-    """Run the rows through the model once; its weights and outputs are left alone.
-
-    Args:
-        model: The dense model.
-        unit_map: Its units.
-        batches: Token rows, each of shape (batch, length), int64.
-    """
-    statistics = ActivationStatistics()
-    handles = _watch(model, unit_map, statistics)
-    try:
-        for rows in batches:
-            model(input_ids=rows.to(model.device), use_cache=False, logits_to_keep=1)
-            statistics.num_tokens += rows.numel()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return statistics
-
-
-def _watch(model: PreTrainedModel, unit_map: UnitMap, found: ActivationStatistics) -> list[Any]:
-    architecture = unit_map.architecture
-    handles = []
-
-    def add(table: dict[str, Tensor], name: str, values: Tensor) -> None:
-        squares = values.double().square().reshape(-1, values.shape[-1]).sum(0).cpu()
-        table[name] = table[name] + squares if name in table else squares
-
-    def compare(name: str, before: Tensor, after: Tensor) -> None:
-        cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-        found.similarity[name] = found.similarity.get(name, 0.0) + float(cosine.sum())
-
-    def watch_norm(name: str) -> None:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            add(found.normed, name, output)
-
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
-
-    def watch_layer(index: int) -> None:
-        prefix = f"{architecture.layers}.{index}"
-        stream: list[Tensor] = []
-
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stream[:] = [args[0]]
-
-        def after_write(branch: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                add(found.read, f"{prefix}.{getattr(architecture, branch).write}", args[0])
-                stream.append(stream[-1] + output)
-                compare(f"layers.{index}.{branch}", stream[-2], stream[-1])
-                if branch == "mlp":
-                    compare(f"layers.{index}.layer", stream[0], stream[-1])
-
-            return hook
-
-        layer = model.get_submodule(prefix)
-        handles.append(layer.register_forward_pre_hook(before))
-        for branch in ("attention", "mlp"):
-            write = model.get_submodule(f"{prefix}.{getattr(architecture, branch).write}")
-            handles.append(write.register_forward_hook(after_write(branch)))
-            watch_norm(f"{prefix}.{getattr(architecture, branch).norm}")
-
-    for index in range(unit_map.num_layers):
-        watch_layer(index)
-    watch_norm(architecture.final_norm)
-    return handles
-
-
-def baseline_scores(
-    method: Method,
-    model: PreTrainedModel,
-    unit_map: UnitMap,
-    batches: Iterable[Tensor],
-    *,
-    kinds: Collection[UnitKind],
-    seed: int,
-) -> dict[str, Tensor]:
-    """Scores of a method that trains nothing, for every unit group of the named kinds.
-
-    Args:
-        method: Any but `sequential_attention`.
-        model: The dense model.
-        unit_map: Its units.
-        batches: Calibration rows, each of shape (batch, length), int64.
-        kinds: Kinds to score.
-        seed: Of `random`.
-    """
-    if method == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return {
-            group.name: torch.rand(group.num_units, generator=generator, dtype=torch.float64)
-            for group in unit_map.groups.values()
-            if group.kind in kinds
-        }
-    if method == "magnitude":
-        return magnitude_scores(model, unit_map, kinds)
-    if method == "taylor":
-        return taylor_scores(model, unit_map, batches, kinds)
-    assert method == "activation", method
-    statistics = collect_statistics(model, unit_map, batches)
-    return activation_scores(model, unit_map, statistics, kinds)
+def random_scores(unit_map: UnitMap, kinds: Collection[UnitKind], seed: int) -> dict[str, Tensor]:
+    """Uniform in [0, 1), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        group.name: torch.rand(group.num_units, generator=generator, dtype=torch.float64)
+        for group in unit_map.groups.values()
+        if group.kind in kinds
+    }
 
 
 def magnitude_scores(
@@ -170,93 +71,216 @@ def magnitude_scores(
 def taylor_scores(
     model: PreTrainedModel,
     unit_map: UnitMap,
-    batches: Iterable[Tensor],
+    rows: Iterable[Tensor],
     kinds: Collection[UnitKind],
+    *,
+    order: Literal[1, 2] = 1,
+    labels: Labels = "text",
+    means: UnitMeans | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
-    """First-order change of the next-token loss when a gate closes: |sum over rows of dL/dg|.
+    """What the gradients of the gates say a closing gate costs; comparable across all kinds.
 
-    The gradient of a gate at 1 is the sum of weight times gradient over what the unit reads
-    (LLM-Pruner's first-order criterion, arXiv 2305.11627, taken per unit).
+    The gradient of a gate at 1 is the sum of weight times gradient over what the unit reads.
+
+    * order 1: |sum over rows of dL/dg|, the first-order change of the next-token loss (LLM-Pruner's
+      criterion, arXiv 2305.11627, taken per unit).
+    * order 2: half the mean over rows of (dL/dg)^2. With `labels="model"` that is, to second order
+      and without interactions, the Kullback-Leibler divergence of a row from the dense model's
+      prediction that closing the gate causes (the diagonal of the Fisher information); with
+      `labels="text"` its usual stand-in (squared Taylor).
+
+    Args:
+        model: The dense model.
+        unit_map: Its units.
+        rows: Token rows, each of shape (1, length) for order 2, or (batch, length), int64.
+        kinds: Kinds to score.
+        order: See above.
+        labels: Whose next tokens the loss asks for.
+        means: Mean activations that closed gates leave behind, or None for zeros.
+        seed: Of the drawn labels.
     """
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
-    gates = attach_gates(model, unit_map, kinds)
+    gates = attach_gates(model, unit_map, kinds, means)
+    device = model.device
     values = {
-        name: torch.ones(unit_map.groups[name].num_units, device=model.device, requires_grad=True)
+        name: torch.ones(unit_map.groups[name].num_units, device=device, requires_grad=True)
         for name in gates.group_names
     }
     gates.set(values)
+    generator = torch.Generator(device).manual_seed(seed)
+    found = {n: torch.zeros(len(v), dtype=torch.float64) for n, v in values.items()}
+    num_rows = 0
     try:
-        for rows in batches:
-            rows = rows.to(model.device)
-            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), rows[:, 1:].reshape(-1), reduction="sum"
-            )
-            loss.backward()
+        for row in rows:
+            row = row.to(device)
+            logits = model(input_ids=row, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            wanted = row[:, 1:].reshape(-1)
+            if labels == "model":
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+                wanted = drawn.flatten()
+            loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
+            slopes = torch.autograd.grad(loss, list(values.values()))
+            for name, slope in zip(values, slopes, strict=True):
+                exact = slope.double().cpu()
+                found[name] += exact.square() / 2 if order == 2 else exact
+            num_rows += len(row)
     finally:
         gates.detach()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(was_trainable[name])
-    found = {}
-    for name, value in values.items():
-        assert value.grad is not None, name
-        found[name] = value.grad.double().abs().cpu()
-    return found
+    return {name: value.abs() / max(1, num_rows) for name, value in found.items()}
 
 
-def activation_scores(
+def metric_scores(
+    metric: Metric,
     model: PreTrainedModel,
     unit_map: UnitMap,
     statistics: ActivationStatistics,
-    kinds: Iterable[UnitKind],
+    kinds: Collection[UnitKind],
 ) -> dict[str, Tensor]:
-    """Activation-aware importance of every unit of the named kinds, float64, non-negative.
+    """Importance of every unit of the named kinds from one forward pass; float64, not negative.
 
-    Heads, KV groups and MLP channels: mean square of the activation times the squared norm of the
-    weights that read it (Wanda, arXiv 2306.11695, summed over a unit). Hidden channels: the same at
-    every norm's output, each site's sum normalised to 1. Sublayers and layers: 1 - cosine between
-    the residual stream before and after (block influence, ShortGPT, arXiv 2403.03853).
+    Heads, KV groups and MLP channels, per position of what the write projection reads, summed over
+    a unit's positions:
+
+    * `activation`, `wanda` - mean square times the squared norm of the weights that read it (Wanda,
+      arXiv 2306.11695).
+    * `flap` - variance times the same norm, standardised over the positions of its sublayer, mean
+      over a unit (FLAP's WIFV and AL-AM, arXiv 2312.11983); what is returned ranks by that across
+      the model once it is divided by a unit's parameters, as a budget of parameters does.
+    * `block_influence` - the sublayer's (below), shared out among its units by `wanda`.
+    * `omp` - the squared error of the sublayer's output that leaving the unit out adds, the weights
+      of those that stay refitted (`llmprune.matching`); needs Gram matrices.
+
+    Hidden channels: `wanda` at every norm's output, each site's sum normalised to 1. Sublayers and
+    layers: 1 - cosine between the residual stream before and after (block influence, ShortGPT,
+    arXiv 2403.03853) for `activation`, `flap` and `block_influence`, else the sum over what is
+    inside.
     """
-    wanted = set(kinds)
-    weights = dict(model.named_parameters())
+    per_position = {
+        (layer, branch): _per_position(metric, model, unit_map, statistics, (layer, branch))
+        for layer in range(unit_map.num_layers)
+        for branch in BRANCHES
+    }
+    wanted = [group for group in unit_map.groups.values() if group.kind in kinds]
     scores = {}
-    for group in unit_map.groups.values():
-        if group.kind not in wanted:
-            continue
+    for group in wanted:
         if group.kind == "hidden_channels":
-            scores[group.name] = _hidden_scores(unit_map, weights, statistics)
+            scores[group.name] = _hidden_scores(model, unit_map, statistics)
+        elif group.layer is None and metric in ("activation", "flap", "block_influence"):
+            scores[group.name] = _influences(unit_map, statistics, group.kind)
         elif group.layer is None:
-            part = {"attention_sublayers": "attention", "mlp_sublayers": "mlp", "layers": "layer"}
-            names = [f"layers.{i}.{part[group.kind]}" for i in range(group.num_units)]
-            sums = torch.tensor([statistics.similarity[name] for name in names]).double()
-            scores[group.name] = (1 - sums / statistics.num_tokens).clamp(min=0)
+            scores[group.name] = torch.stack(
+                [
+                    sum((per_position[layer, part].sum() for part in PARTS[group.kind]), start=ZERO)
+                    for layer in range(unit_map.num_layers)
+                ]
+            )
+        elif metric == "omp":
+            scores[group.name] = _matching_scores(model, unit_map, statistics, group)
         else:
-            scores[group.name] = _read_scores(unit_map, weights, statistics, group)
-    return scores
+            scores[group.name] = _of_units(per_position[_place_of(group)], group)
+    return _ranked_by_z(scores, unit_map) if metric == "flap" else scores
 
 
-def _read_scores(
+ZERO = torch.zeros((), dtype=torch.float64)
+
+
+def _place_of(group: UnitGroup) -> Place:
+    assert group.layer is not None, group.name
+    return group.layer, "mlp" if group.kind == "mlp_channels" else "attention"
+
+
+def _of_units(per_position: Tensor, group: UnitGroup) -> Tensor:
+    return per_position.reshape(group.num_units, -1).sum(1)
+
+
+def _per_position(
+    metric: Metric,
+    model: PreTrainedModel,
     unit_map: UnitMap,
-    weights: Mapping[str, Tensor],
     statistics: ActivationStatistics,
-    group: UnitGroup,
+    place: Place,
 ) -> Tensor:
-    architecture = unit_map.architecture
-    branch = architecture.mlp if group.kind == "mlp_channels" else architecture.attention
-    name = f"{architecture.layers}.{group.layer}.{branch.write}"
-    read = next(s for s in group.slices if s.parameter == f"{name}.weight")
-    weight = weights[read.parameter].detach().double().cpu()
-    norms = weight.square().sum(1 - read.dim)
-    per_position = norms * statistics.read[name] / statistics.num_tokens
-    index = expand_units(torch.arange(group.num_units), read.width)
-    return per_position[index].reshape(group.num_units, read.width).sum(1)
+    """The metric of every position that a write projection reads, shape (in_features,)."""
+    write = write_of(model, unit_map, place)
+    weight = write.weight.detach().double().cpu()
+    # Conv1D stores (inputs, outputs), Linear (outputs, inputs)
+    norms = weight.square().sum(0 if isinstance(write, nn.Linear) else 1)
+    if metric == "flap":
+        values = norms * statistics.variances(place)
+        return (values - values.mean()) / values.std().clamp(min=torch.finfo(torch.float64).tiny)
+    values = norms * statistics.mean_squares(place)
+    if metric == "block_influence":
+        layer, branch = place
+        influence = _influence(statistics, f"layers.{layer}.{branch}")
+        return values / values.sum().clamp(min=torch.finfo(torch.float64).tiny) * influence
+    return values
+
+
+def _ranked_by_z(scores: dict[str, Tensor], unit_map: UnitMap) -> dict[str, Tensor]:
+    """FLAP's mean z of every unit, moved above 0 and weighted by the unit's parameters.
+
+    FLAP ranks units by z whatever they cost. Ranked by what is returned per parameter, they come in
+    the same order.
+    """
+    inner = [name for name in scores if unit_map.groups[name].layer is not None]
+    means = {n: scores[n] / _positions(unit_map, unit_map.groups[n]) for n in inner}
+    least = min((float(value.min()) for value in means.values()), default=0.0)
+    return scores | {
+        name: (value - least) * unit_parameters(unit_map, unit_map.groups[name])
+        for name, value in means.items()
+    }
+
+
+def _positions(unit_map: UnitMap, group: UnitGroup) -> int:
+    """How many positions of a write projection's input a unit spans."""
+    assert group.layer is not None, group.name
+    per_group = query_heads_per_group(unit_map.layer(group.layer))
+    head_dim = unit_map.head_dim
+    widths = {"heads": head_dim, "kv_groups": per_group * head_dim, "mlp_channels": 1}
+    return widths[group.kind]
+
+
+def _influence(statistics: ActivationStatistics, name: str) -> float:
+    return max(0.0, 1 - statistics.similarity[name] / statistics.num_tokens)
+
+
+def _influences(unit_map: UnitMap, statistics: ActivationStatistics, kind: UnitKind) -> Tensor:
+    part = "layer" if kind == "layers" else PARTS[kind][0]
+    names = [f"layers.{index}.{part}" for index in range(unit_map.num_layers)]
+    return torch.tensor([_influence(statistics, name) for name in names], dtype=torch.float64)
+
+
+def _matching_scores(
+    model: PreTrainedModel, unit_map: UnitMap, statistics: ActivationStatistics, group: UnitGroup
+) -> Tensor:
+    """Units removed one after the other down to the last, the rest refitted after each.
+
+    A unit's score is the error at which it left, per token; the last one scores the whole output.
+    """
+    place = _place_of(group)
+    write = write_of(model, unit_map, place)
+    weight = write.weight.detach()
+    inputs_first = weight.T if isinstance(write, nn.Linear) else weight
+    width = len(inputs_first) // group.num_units
+    path = backward_matching(
+        statistics.grams[place],
+        inputs_first,
+        width,
+        1,
+        num_per_step=max(1, int(group.num_units * STEP_SHARE)),
+    )
+    return path.scores.cpu() / statistics.num_tokens
 
 
 def _hidden_scores(
-    unit_map: UnitMap, weights: Mapping[str, Tensor], statistics: ActivationStatistics
+    model: PreTrainedModel, unit_map: UnitMap, statistics: ActivationStatistics
 ) -> Tensor:
     architecture = unit_map.architecture
+    weights = dict(model.named_parameters())
     total = torch.zeros(unit_map.dense.hidden_size, dtype=torch.float64)
     for parameter in unit_map.parameters:
         if len(parameter.axes) < 2 or ("hidden",) not in parameter.axes:

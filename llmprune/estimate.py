@@ -105,9 +105,12 @@ def _flops(recipe: Recipe, unit_map: UnitMap, dense: Cost, pruned: Cost) -> floa
     total = 0.0
     if recipe.calibration.dataset == SELF_GENERATED:
         total += recipe.calibration.num_rows * row * dense.flops * DECODE_PENALTY
-    if gates.prior == "activation":
+    if gates.prior != "none":
         rows = min(gates.prior_rows, recipe.calibration.num_rows)
-        total += rows * row * dense.flops
+        # a backward pass to the gates costs about what the forward pass does
+        total += rows * row * dense.flops * (2 if gates.prior == "fisher" else 1)
+    if recipe.compensation == "mean":
+        total += min(gates.prior_rows, recipe.calibration.num_rows) * row * dense.flops
     step = 2 + (gates.train != "gates") + (gates.loss == "distillation")
     total += gates.steps * gates.batch_size * row * step * dense.flops / gain
     step_flops = 3 * pruned.flops + (recovery.loss == "distillation") * dense.flops

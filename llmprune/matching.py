@@ -214,6 +214,8 @@ class _Elimination:
         self.values.addmm_(step, lead, alpha=-1)
         parts = step.reshape(-1, self.width, self.width)
         self.blocks.baddbmm_(parts, parts.mT, alpha=-1)
+        # what is left of the unit's own block is rounding errors, which have no root
+        self.blocks[position] = torch.eye(self.width).to(self.blocks)
         self.waiting[:, self.num_waiting : self.num_waiting + self.width] = step
         self.num_waiting += self.width
         self.alive[unit] = False

@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from llmprune.architectures import architecture_of
-from llmprune.baselines import baseline_scores
 from llmprune.calibration import CalibrationSet
 from llmprune.card import run_card
 from llmprune.checkpoint import cast_parameters, load_pruned, load_weights, save_pruned
+from llmprune.compensation import UnitMeans
 from llmprune.cut_config import check_form
 from llmprune.files import save_tensors, save_text
 from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
-from llmprune.recipe import Method, Recipe
+from llmprune.recipe import Method, Prior, Recipe
 from llmprune.reconstruction import even_batches, reconstruct
 from llmprune.run_folder import RunFolder, identity_of, settle_precision
 from llmprune.scores import UnitScores
+from llmprune.scoring import score_units, unit_means
 from llmprune.selection import Pool, choose, find_targets, pools, target_widths
 from llmprune.self_generated import SELF_GENERATED, sample_rows, self_generated_set
 from llmprune.sources import LoadedModel, load_config, load_dense
@@ -70,6 +71,16 @@ class Pruned:
     folder: Path
     model: PreTrainedModel
     report: EvalReport
+
+
+@dataclass(frozen=True)
+class Found:
+    """What every step of a run looks at: the dense model, its units, the rows, their means."""
+
+    dense: LoadedModel
+    unit_map: UnitMap
+    calibration_set: CalibrationSet
+    means: UnitMeans | None
 
 
 @dataclass(frozen=True)
@@ -136,13 +147,17 @@ def prune(
     watch.on_progress("load the dense model", 1, 1)
     unit_map = map_units(dense.model)
     targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
-    check_form(dense.model, unit_map, target_widths(unit_map, targets.counts), recipe.export.format)
+    is_biased = recipe.compensation == "mean"
+    widths = target_widths(unit_map, targets.counts)
+    check_form(dense.model, unit_map, widths, recipe.export.format, biased=is_biased)
     calibration_set = read_calibration(recipe, dense, folder, watch)
+    means = read_means(recipe, dense, unit_map, folder, calibration_set, watch)
 
     if plan is None:
         if scores is None:
             pool_list = pools(unit_map, targets)
-            scores = _score(recipe, folder, dense, pool_list, unit_map, calibration_set, watch)
+            found = Found(dense, unit_map, calibration_set, means)
+            scores = _score(recipe, folder, found, pool_list, watch)
             if recipe.method == "sequential_attention" and recipe.gates.train != "gates":
                 dense = load_dense(recipe.model)
                 dense.model.to(watch.accelerator.device)
@@ -150,7 +165,8 @@ def prune(
         if is_main:
             save_text(plan.to_json(), folder.file("plan.json"))
     if not has_model:
-        _cut_and_recover(recipe, folder, dense, plan, calibration_set, watch)
+        found = Found(dense, unit_map, calibration_set, means)
+        _cut_and_recover(recipe, folder, found, plan, watch)
     if not is_main:
         return None
     on_progress("verify", 0, 1)
@@ -189,22 +205,36 @@ def read_calibration(
     )
 
 
-def _score(
+def read_means(
     recipe: Recipe,
-    folder: RunFolder,
     dense: LoadedModel,
-    pool_list: list[Pool],
     unit_map: UnitMap,
+    folder: RunFolder,
     calibration_set: CalibrationSet,
     watch: Watch,
+) -> UnitMeans | None:
+    """What removed units leave behind, measured once a run; None without compensation."""
+    if recipe.compensation == "none":
+        return None
+    file = folder.file("means.safetensors")
+    with watch.accelerator.main_process_first():
+        if not file.is_file():
+            rows = calibration_set.rows[: recipe.gates.prior_rows]
+            with watch.accelerator.autocast():
+                means = unit_means(dense.model, unit_map, rows, watch.over)
+            if watch.accelerator.is_main_process:
+                means.save(file)
+        return UnitMeans.load(file)
+
+
+def _score(
+    recipe: Recipe, folder: RunFolder, found: Found, pool_list: list[Pool], watch: Watch
 ) -> UnitScores:
     """Score every unit as `recipe.method` says, and save scores.json."""
     if recipe.method == "sequential_attention":
-        scores = _train(recipe, folder, dense, pool_list, unit_map, calibration_set, watch)
+        scores = _train(recipe, folder, found, pool_list, watch)
     else:
-        scores = UnitScores(
-            _once(recipe.method, recipe, dense.model, unit_map, calibration_set, watch)
-        )
+        scores = UnitScores(_once(recipe.method, recipe, found, watch))
     if watch.accelerator.is_main_process:
         save_text(scores.to_json(), folder.file("scores.json"))
         folder.state.unlink(missing_ok=True)
@@ -212,55 +242,43 @@ def _score(
     return scores
 
 
-def _once(
-    method: Method,
-    recipe: Recipe,
-    model: PreTrainedModel,
-    unit_map: UnitMap,
-    calibration_set: CalibrationSet,
-    watch: Watch,
-) -> dict[str, Tensor]:
-    """Scores of a method that trains nothing, on the first `gates.prior_rows` rows."""
-    rows = calibration_set.rows[: recipe.gates.prior_rows].split(4)
+def _once(name: Method | Prior, recipe: Recipe, found: Found, watch: Watch) -> dict[str, Tensor]:
+    """Scores that take no training, on the first `gates.prior_rows` rows."""
     with watch.accelerator.autocast():
-        return baseline_scores(
-            method,
-            model,
-            unit_map,
-            watch.over(f"{method} scores", rows),
+        return score_units(
+            name,
+            found.dense.model,
+            found.unit_map,
+            found.calibration_set.rows[: recipe.gates.prior_rows],
             kinds=tuple(recipe.prune.rules()),
             seed=recipe.seed,
+            means=found.means,
+            over=watch.over,
         )
 
 
 def _train(
-    recipe: Recipe,
-    folder: RunFolder,
-    dense: LoadedModel,
-    pool_list: list[Pool],
-    unit_map: UnitMap,
-    calibration_set: CalibrationSet,
-    watch: Watch,
+    recipe: Recipe, folder: RunFolder, found: Found, pool_list: list[Pool], watch: Watch
 ) -> UnitScores:
     """Attach gates and train them; saves the weights that learned along."""
-    model, accelerator = dense.model, watch.accelerator
-    kinds = tuple(recipe.prune.rules())
+    model, accelerator = found.dense.model, watch.accelerator
+    settings = recipe.gates
     priors = None
-    if recipe.gates.prior == "activation":
-        priors = _once("activation", recipe, model, unit_map, calibration_set, watch)
-    frozen = copy.deepcopy(model) if recipe.gates.train == "all" else None
-    weights = TrainedWeights(model, recipe.gates.train, recipe.gates.lora_rank, recipe.seed)
-    gates = attach_gates(model, unit_map, kinds)
+    if settings.prior != "none" and settings.variant != "magnitude":
+        priors = _once(settings.prior, recipe, found, watch)
+    frozen = copy.deepcopy(model) if settings.train == "all" else None
+    weights = TrainedWeights(model, settings.train, settings.lora_rank, recipe.seed)
+    gates = attach_gates(model, found.unit_map, tuple(recipe.prune.rules()), found.means)
     run = GateRun(
         accelerator,
         weights,
         teacher_of(frozen or model, gates, weights),
         priors=priors,
         state_file=folder.state,
-        identity=identity_of(recipe, calibration_set.fingerprint(), dense.origin),
+        identity=identity_of(recipe, found.calibration_set.fingerprint(), found.dense.origin),
         on_step=watch.steps("gates", folder),
     )
-    scores = train_gates(model, gates, calibration_set, pool_list, recipe=recipe, run=run)
+    scores = train_gates(model, gates, found.calibration_set, pool_list, recipe=recipe, run=run)
     gates.detach()
     weights.finish()
     if accelerator.is_main_process and weights.parameters:
@@ -270,25 +288,22 @@ def _train(
 
 
 def _cut_and_recover(
-    recipe: Recipe,
-    folder: RunFolder,
-    dense: LoadedModel,
-    plan: PrunePlan,
-    calibration_set: CalibrationSet,
-    watch: Watch,
+    recipe: Recipe, folder: RunFolder, found: Found, plan: PrunePlan, watch: Watch
 ) -> None:
     """Cut, compare with the gated model, recover, and save the model with its reference logits."""
+    dense, calibration_set = found.dense, found.calibration_set
     calibrated = dense.model
     if folder.weights.is_file():
         calibrated = copy.deepcopy(dense.model)
         load_weights(calibrated, folder.weights)
     unit_map = map_units(calibrated)
-    gates = attach_gates(calibrated, unit_map, {g.kind for g in unit_map.groups.values()})
+    kinds = {group.kind for group in unit_map.groups.values()}
+    gates = attach_gates(calibrated, unit_map, kinds, found.means)
     gates.set_plan(plan)
     tokens = calibration_set.rows[:2, :REFERENCE_LENGTH]
     logits = reference_logits(calibrated, tokens)
     gates.detach()
-    pruned = cut(calibrated, plan, form=recipe.export.format)
+    pruned = cut(calibrated, plan, form=recipe.export.format, means=found.means)
     difference = largest_difference(reference_logits(pruned, tokens), logits)
     del calibrated
     refit = recipe.reconstruction

@@ -122,21 +122,35 @@ class Optimizer(_Part):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
 
 
-Method = Literal["sequential_attention", "random", "magnitude", "activation", "taylor"]
+Method = Literal[
+    "sequential_attention",
+    "random",
+    "magnitude",
+    "wanda",
+    "flap",
+    "taylor",
+    "taylor_squared",
+    "block_influence",
+    "omp",
+]
+Prior = Literal["fisher", "activation", "omp", "none"]
 
 
 class GateTraining(_Part):
     """How SequentialAttention++ finds the survivors (docs/sequential-attention.md).
 
-    `variant: plus_plus` is the published algorithm; `capped` the default for language models.
+    `variant: plus_plus` is the published algorithm; `capped` the default for language models;
+    `magnitude` and `curve: at_once` are its controls: the same phases with weight norms in place of
+    learned logits, and no gradual phase.
     `train` says what learns along with the logits. `dense`, `sparsify`, `sparse` are the shares of
     the steps in the phases of one cycle; `cycles` repeats it (the last sparse phase is the end).
     """
 
-    variant: Literal["capped", "plus_plus"] = "capped"
+    variant: Literal["capped", "plus_plus", "magnitude"] = "capped"
+    curve: Literal["gradual", "at_once"] = "gradual"
     loss: Literal["distillation", "next_token"] = "distillation"
     train: Literal["gates", "lora", "all"] = "gates"
-    prior: Literal["activation", "none"] = "activation"
+    prior: Prior = "fisher"
     prior_rows: Positive = 64
     steps: Annotated[int, Field(ge=0)] = 60
     batch_size: Positive = 2
@@ -160,6 +174,11 @@ class GateTraining(_Part):
             raise ValueError(
                 "variant: plus_plus with prior: none must begin with a dense phase, got dense 0: "
                 "units would leave before a logit has learned anything"
+            )
+        if self.variant == "magnitude" and self.train != "all":
+            raise ValueError(
+                f"variant: magnitude needs train: all, got {self.train}: with fixed weights it is "
+                "method: magnitude"
             )
         if not 0 < self.temperature[0] <= self.temperature[1]:
             raise ValueError(f"temperature must be 0 < first <= last, got {self.temperature}")

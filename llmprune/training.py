@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from llmprune.baselines import magnitude_scores
 from llmprune.errors import InputError
 from llmprune.files import save_tensors
 from llmprune.gates import Gates
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmprune.calibration import CalibrationSet
-    from llmprune.recipe import GateTraining, Recipe, Recovery, Training
+    from llmprune.recipe import GateTraining, Recipe, Recovery, Training, UnitKind
 
 Loss = Literal["distillation", "next_token"]
 # step, of how many, the step's loss
@@ -90,6 +91,7 @@ def train_gates(
         variant=settings.variant,
         priors=_pooled(run.priors, pools) if run.priors else None,
         temperature=settings.temperature,
+        curve=settings.curve,
     ).to(run.accelerator.device)
     weights = run.weights.parameters
     optimizer = _gate_optimizer(engine, weights, settings)
@@ -102,6 +104,11 @@ def train_gates(
                 # "crucial": what was learned under another mask misleads (arXiv 2402.17902, app. C)
                 optimizer.state.clear()
 
+            if settings.variant == "magnitude":
+                # the norms move with the weights that learn along
+                norms = magnitude_scores(model, gates.unit_map, _kinds_of(gates))
+                engine.set_scores(_pooled(norms, pools))
+
             def set_gates(step: int = step) -> None:
                 gates.set(_unpooled(engine.gates(step), pools, gates))
 
@@ -112,6 +119,10 @@ def train_gates(
                 run.save(engine, weights, optimizer, done)
             run.on_step(done, engine.schedule.num_steps, loss)
     return _scores(engine, pools, gates)
+
+
+def _kinds_of(gates: Gates) -> set[UnitKind]:
+    return {gates.unit_map.groups[name].kind for name in gates.group_names}
 
 
 def recover(
@@ -388,7 +399,7 @@ def _scores(engine: SequentialAttention, pools: list[Pool], gates: Gates) -> Uni
     logits = [parameter.detach().float().cpu() for parameter in engine.logits]
     scale: dict[str, Tensor] = {}
     dropped: dict[str, Tensor] = {}
-    if engine.variant == "plus_plus":
+    if engine.variant != "capped":
         scale = _unpooled(engine.scales(), pools, gates)
         dropped = _unpooled(engine.dropped_at, pools, gates)
     return UnitScores(scores=_unpooled(logits, pools, gates), dropped_at=dropped, scale=scale)

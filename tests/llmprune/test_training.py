@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from llmprune.baselines import activation_scores, collect_statistics
 from llmprune.calibration import CalibrationSet
 from llmprune.errors import InputError
 from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
+from llmprune.scoring import score_units
 from llmprune.selection import choose, find_targets, pools
 from llmprune.surgery import cut
 from llmprune.trained_weights import TrainedWeights
@@ -69,9 +69,8 @@ class Trained:
         self.targets = find_targets(self.unit_map, recipe.prune.rules(), None)
         kinds = tuple(recipe.prune.rules())
         priors = None
-        if recipe.gates.prior == "activation":
-            statistics = collect_statistics(model, self.unit_map, [rows.rows])
-            priors = activation_scores(model, self.unit_map, statistics, kinds)
+        if recipe.gates.prior != "none":
+            priors = score_units(recipe.gates.prior, model, self.unit_map, rows.rows, kinds=kinds)
         frozen = copy.deepcopy(model) if recipe.gates.train == "all" else None
         self.weights = TrainedWeights(model, recipe.gates.train, recipe.gates.lora_rank, 0)
         self.gates = attach_gates(model, self.unit_map, kinds)
@@ -177,8 +176,8 @@ def test_nothing_but_logits_changes_when_gates_alone_are_trained():
 def test_no_steps_leave_the_priors_order():
     model = tiny_model("llama").float()
     trained = train(model, steps=0)
-    statistics = collect_statistics(model, trained.unit_map, [calibration().rows])
-    priors = activation_scores(model, trained.unit_map, statistics, ("heads", "mlp_channels"))
+    kinds = ("heads", "mlp_channels")
+    priors = score_units("fisher", model, trained.unit_map, calibration().rows, kinds=kinds)
     for name, prior in priors.items():
         if "mlp" in name:
             assert trained.scores.scores[name].argsort().tolist() == prior.argsort().tolist()
@@ -379,7 +378,7 @@ def silence(model, group, units):
                     model.get_parameter(name).zero_()
 
 
-@pytest.mark.parametrize("prior", ["activation", "none"])
+@pytest.mark.parametrize("prior", ["fisher", "activation", "none"])
 @pytest.mark.parametrize(
     ("kind", "dead", "sparsity"),
     [
@@ -442,8 +441,8 @@ def test_of_two_heads_that_do_the_same_exactly_one_goes(seed):
     """Either alone is the cheapest to lose, both are the dearest; one-shot scores lose both."""
     model, rows = nearly_twin_heads(seed), calibration(num_rows=32)
     recipe = default_recipe({"heads": {"sparsity": 1 / 3}})
-    statistics = collect_statistics(model, map_units(model), [rows.rows])
-    once = activation_scores(model, map_units(model), statistics, ("heads",))["layers.0.heads"]
+    scores = score_units("wanda", model, map_units(model), rows.rows, kinds=("heads",))
+    once = scores["layers.0.heads"]
     assert set(once.argsort()[:2].tolist()) == {0, 1}
     trained = Trained(model, recipe, rows)
     trained.finish()
