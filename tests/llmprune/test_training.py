@@ -219,7 +219,8 @@ def test_the_loss_is_the_mean_over_the_rows_of_the_step(loss):
 @pytest.mark.parametrize("micro", [1, 2, 3])
 def test_accumulated_gradients_equal_those_of_the_whole_batch(micro, train_what):
     prune = {"mlp_channels": {"sparsity": 0.4}, "heads": {"sparsity": 0.5}}
-    options = {"train": train_what, "learning_rate": 0.01}
+    # from equal-sized logits: near a gradient of zero Adam makes steps of rounding errors
+    options = {"train": train_what, "learning_rate": 0.01, "prior": "activation"}
     whole = train(tiny_model("llama"), prune, **options)
     parts = train(tiny_model("llama"), prune, micro_batch_size=micro, **options)
     assert parts.losses == pytest.approx(whole.losses, rel=1e-4, abs=1e-6)
