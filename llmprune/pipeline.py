@@ -28,10 +28,11 @@ from llmprune.recipe import Method, Recipe
 from llmprune.reconstruction import even_batches, reconstruct
 from llmprune.run_folder import RunFolder, identity_of, settle_precision
 from llmprune.scores import UnitScores
-from llmprune.selection import Pool, choose, find_targets, pools, target_widths
+from llmprune.selection import Pool, choose, pools
 from llmprune.self_generated import SELF_GENERATED, sample_rows, self_generated_set
 from llmprune.sources import LoadedModel, load_config, load_dense
 from llmprune.surgery import cut
+from llmprune.targets import target_widths, targets_of
 from llmprune.texts import corpus_of, read_texts, resolve_text, text_name
 from llmprune.trained_weights import TrainedWeights
 from llmprune.training import (
@@ -135,7 +136,7 @@ def prune(
     dense.model.to(watch.accelerator.device)
     watch.on_progress("load the dense model", 1, 1)
     unit_map = map_units(dense.model)
-    targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
+    targets = targets_of(unit_map, recipe)
     check_form(dense.model, unit_map, target_widths(unit_map, targets.counts), recipe.export.format)
     calibration_set = read_calibration(recipe, dense, folder, watch)
 

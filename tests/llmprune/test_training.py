@@ -16,8 +16,9 @@ from llmprune.errors import InputError
 from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
-from llmprune.selection import choose, find_targets, pools
+from llmprune.selection import choose, pools
 from llmprune.surgery import cut
+from llmprune.targets import find_targets
 from llmprune.trained_weights import TrainedWeights
 from llmprune.training import (
     Batches,
