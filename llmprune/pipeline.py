@@ -141,12 +141,19 @@ def prune(
     calibration_set = read_calibration(recipe, dense, folder, watch)
 
     if plan is None:
+        by_importance = recipe.budget is not None and recipe.budget.allocation == "importance"
+        trains = recipe.method == "sequential_attention"
+        if by_importance and trains and recipe.export.format == "uniform":
+            priors = _priors(recipe, folder, dense.model, unit_map, calibration_set, watch)
+            targets = targets_of(unit_map, recipe, importances=priors)
         if scores is None:
             pool_list = pools(unit_map, targets)
             scores = _score(recipe, folder, dense, pool_list, unit_map, calibration_set, watch)
-            if recipe.method == "sequential_attention" and recipe.gates.train != "gates":
+            if trains and recipe.gates.train != "gates":
                 dense = load_dense(recipe.model)
                 dense.model.to(watch.accelerator.device)
+        if by_importance and not trains:
+            targets = targets_of(unit_map, recipe, importances=scores.scores)
         plan = choose(scores, unit_map, targets)
         if is_main:
             save_text(plan.to_json(), folder.file("plan.json"))
@@ -234,6 +241,30 @@ def _once(
         )
 
 
+def _priors(
+    recipe: Recipe,
+    folder: RunFolder,
+    model: PreTrainedModel,
+    unit_map: UnitMap,
+    calibration_set: CalibrationSet,
+    watch: Watch,
+) -> dict[str, Tensor] | None:
+    """Importances that the logits start from; kept in a file where counts depend on them."""
+    if recipe.gates.prior == "none":
+        return None
+    file = folder.file("priors.json")
+    if file.is_file():
+        return dict(UnitScores.from_json(file.read_text(), name=file.name).scores)
+    found = _once("activation", recipe, model, unit_map, calibration_set, watch)
+    if recipe.budget is not None and recipe.budget.allocation == "importance":
+        # all processes go on with the numbers that a resumed run will read
+        text = UnitScores(found).to_json()
+        if watch.accelerator.is_main_process:
+            save_text(text, file)
+        return dict(UnitScores.from_json(text).scores)
+    return found
+
+
 def _train(
     recipe: Recipe,
     folder: RunFolder,
@@ -246,9 +277,7 @@ def _train(
     """Attach gates and train them; saves the weights that learned along."""
     model, accelerator = dense.model, watch.accelerator
     kinds = tuple(recipe.prune.rules())
-    priors = None
-    if recipe.gates.prior == "activation":
-        priors = _once("activation", recipe, model, unit_map, calibration_set, watch)
+    priors = _priors(recipe, folder, model, unit_map, calibration_set, watch)
     frozen = copy.deepcopy(model) if recipe.gates.train == "all" else None
     weights = TrainedWeights(model, recipe.gates.train, recipe.gates.lora_rank, recipe.seed)
     gates = attach_gates(model, unit_map, kinds)

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from llmprune.errors import InputError
 from llmprune.files import save_tensors
 from llmprune.gates import Gates
+from llmprune.pool_logits import group_of, importances_of, starting_logits
 from llmprune.scores import UnitScores
 from llmprune.selection import Pool
-from llmprune.sequential_attention import Group, Schedule, SequentialAttention
+from llmprune.sequential_attention import Schedule, SequentialAttention
 from llmprune.trained_weights import TrainedWeights, checkpointing
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def train_gates(
     """
     settings = recipe.gates
     engine = SequentialAttention(
-        [Group(pool.num_units, pool.num_kept) for pool in pools],
+        [group_of(pool) for pool in pools],
         Schedule.of_cycles(
             settings.steps,
             dense=settings.dense,
@@ -88,7 +89,7 @@ def train_gates(
             cycles=settings.cycles,
         ),
         variant=settings.variant,
-        priors=_pooled(run.priors, pools) if run.priors else None,
+        priors=starting_logits(run.priors, pools) if run.priors else None,
         temperature=settings.temperature,
     ).to(run.accelerator.device)
     weights = run.weights.parameters
@@ -111,7 +112,10 @@ def train_gates(
             if done % recipe.training.save_every == 0 and done < engine.schedule.num_steps:
                 run.save(engine, weights, optimizer, done)
             run.on_step(done, engine.schedule.num_steps, loss)
-    return _scores(engine, pools, gates)
+    if recipe.budget is not None and recipe.budget.allocation == "importance":
+        return _scores(engine, importances_of(engine, pools, run.priors), pools, gates)
+    logits = [parameter.detach().float().cpu() for parameter in engine.logits]
+    return _scores(engine, logits, pools, gates)
 
 
 def recover(
@@ -356,18 +360,6 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
 
-def _pooled(priors: dict[str, Tensor], pools: list[Pool]) -> list[Tensor]:
-    """Logits to start from: the logarithm of the importance, mean 0 in each pool."""
-    starts = []
-    for pool in pools:
-        parts = [priors[name][start:stop] for name, start, stop in pool.members]
-        values = torch.cat(parts).double()
-        floor = values.mean() * 1e-6 + torch.finfo(torch.float64).tiny
-        logits = values.clamp(min=float(floor)).log()
-        starts.append((logits - logits.mean()).float())
-    return starts
-
-
 def _unpooled(values: list[Tensor], pools: list[Pool], gates: Gates) -> dict[str, Tensor]:
     """Values per pool -> values per unit group."""
     parts: dict[str, list[tuple[int, Tensor]]] = {}
@@ -384,14 +376,15 @@ def _unpooled(values: list[Tensor], pools: list[Pool], gates: Gates) -> dict[str
     }
 
 
-def _scores(engine: SequentialAttention, pools: list[Pool], gates: Gates) -> UnitScores:
-    logits = [parameter.detach().float().cpu() for parameter in engine.logits]
+def _scores(
+    engine: SequentialAttention, values: list[Tensor], pools: list[Pool], gates: Gates
+) -> UnitScores:
     scale: dict[str, Tensor] = {}
     dropped: dict[str, Tensor] = {}
     if engine.variant == "plus_plus":
         scale = _unpooled(engine.scales(), pools, gates)
         dropped = _unpooled(engine.dropped_at, pools, gates)
-    return UnitScores(scores=_unpooled(logits, pools, gates), dropped_at=dropped, scale=scale)
+    return UnitScores(scores=_unpooled(values, pools, gates), dropped_at=dropped, scale=scale)
 
 
 def teacher_of(
