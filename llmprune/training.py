@@ -23,9 +23,10 @@ from llmprune.baselines import magnitude_scores
 from llmprune.errors import InputError
 from llmprune.files import save_tensors
 from llmprune.gates import Gates
+from llmprune.pool_logits import group_of, importances_of, starting_logits
 from llmprune.scores import UnitScores
 from llmprune.selection import Pool
-from llmprune.sequential_attention import Group, Schedule, SequentialAttention
+from llmprune.sequential_attention import Schedule, SequentialAttention
 from llmprune.trained_weights import TrainedWeights, checkpointing
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def train_gates(
     """
     settings = recipe.gates
     engine = SequentialAttention(
-        [Group(pool.num_units, pool.num_kept) for pool in pools],
+        [group_of(pool) for pool in pools],
         Schedule.of_cycles(
             settings.steps,
             dense=settings.dense,
@@ -89,7 +90,7 @@ def train_gates(
             cycles=settings.cycles,
         ),
         variant=settings.variant,
-        priors=_pooled(run.priors, pools) if run.priors else None,
+        priors=starting_logits(run.priors, pools) if run.priors else None,
         temperature=settings.temperature,
         curve=settings.curve,
     ).to(run.accelerator.device)
@@ -107,7 +108,7 @@ def train_gates(
             if settings.variant == "magnitude":
                 # the norms move with the weights that learn along
                 norms = magnitude_scores(model, gates.unit_map, _kinds_of(gates))
-                engine.set_scores(_pooled(norms, pools))
+                engine.set_scores(starting_logits(norms, pools))
 
             def set_gates(step: int = step) -> None:
                 gates.set(_unpooled(engine.gates(step), pools, gates))
@@ -118,7 +119,10 @@ def train_gates(
             if done % recipe.training.save_every == 0 and done < engine.schedule.num_steps:
                 run.save(engine, weights, optimizer, done)
             run.on_step(done, engine.schedule.num_steps, loss)
-    return _scores(engine, pools, gates)
+    if recipe.budget is not None and recipe.budget.allocation == "importance":
+        return _scores(engine, importances_of(engine, pools, run.priors), pools, gates)
+    logits = [parameter.detach().float().cpu() for parameter in engine.logits]
+    return _scores(engine, logits, pools, gates)
 
 
 def _kinds_of(gates: Gates) -> set[UnitKind]:
@@ -367,18 +371,6 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
 
-def _pooled(priors: dict[str, Tensor], pools: list[Pool]) -> list[Tensor]:
-    """Logits to start from: the logarithm of the importance, mean 0 in each pool."""
-    starts = []
-    for pool in pools:
-        parts = [priors[name][start:stop] for name, start, stop in pool.members]
-        values = torch.cat(parts).double()
-        floor = values.mean() * 1e-6 + torch.finfo(torch.float64).tiny
-        logits = values.clamp(min=float(floor)).log()
-        starts.append((logits - logits.mean()).float())
-    return starts
-
-
 def _unpooled(values: list[Tensor], pools: list[Pool], gates: Gates) -> dict[str, Tensor]:
     """Values per pool -> values per unit group."""
     parts: dict[str, list[tuple[int, Tensor]]] = {}
@@ -395,14 +387,15 @@ def _unpooled(values: list[Tensor], pools: list[Pool], gates: Gates) -> dict[str
     }
 
 
-def _scores(engine: SequentialAttention, pools: list[Pool], gates: Gates) -> UnitScores:
-    logits = [parameter.detach().float().cpu() for parameter in engine.logits]
+def _scores(
+    engine: SequentialAttention, values: list[Tensor], pools: list[Pool], gates: Gates
+) -> UnitScores:
     scale: dict[str, Tensor] = {}
     dropped: dict[str, Tensor] = {}
     if engine.variant != "capped":
         scale = _unpooled(engine.scales(), pools, gates)
         dropped = _unpooled(engine.dropped_at, pools, gates)
-    return UnitScores(scores=_unpooled(logits, pools, gates), dropped_at=dropped, scale=scale)
+    return UnitScores(scores=_unpooled(values, pools, gates), dropped_at=dropped, scale=scale)
 
 
 def teacher_of(

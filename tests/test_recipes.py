@@ -9,8 +9,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmprune.recipe import Recipe
 from llmprune.scores import UnitScores
-from llmprune.selection import choose, find_targets
+from llmprune.selection import choose
 from llmprune.surgery import cut
+from llmprune.targets import targets_of
 from llmprune.units import map_units
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -40,7 +41,7 @@ def test_recipe_is_read_and_planned(path):
     recipe = Recipe.read(path)
     model = small_model(path)
     unit_map = map_units(model)
-    targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
+    targets = targets_of(unit_map, recipe)
     scores = UnitScores({g.name: torch.rand(g.num_units) for g in unit_map.groups.values()})
     plan = choose(scores, unit_map, targets)
     pruned = cut(model, plan, form=recipe.export.format)

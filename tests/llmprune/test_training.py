@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from llmprune.calibration import CalibrationSet
+from llmprune.cost import measure_cost
 from llmprune.errors import InputError
 from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
 from llmprune.scoring import score_units
-from llmprune.selection import choose, find_targets, pools
+from llmprune.selection import choose, pools
 from llmprune.surgery import cut
+from llmprune.targets import targets_of
 from llmprune.trained_weights import TrainedWeights
 from llmprune.training import (
     Batches,
@@ -66,7 +68,7 @@ class Trained:
         rows = rows or calibration()
         accelerator = start_accelerator(recipe.training, recipe.seed)
         self.unit_map = map_units(model)
-        self.targets = find_targets(self.unit_map, recipe.prune.rules(), None)
+        self.targets = targets_of(self.unit_map, recipe)
         kinds = tuple(recipe.prune.rules())
         priors = None
         if recipe.gates.prior != "none":
@@ -543,3 +545,25 @@ def test_two_processes_find_the_plan_that_one_finds(variant, train_what, tmp_pat
         assert other.kept == plan.kept
         for name, scale in plan.scale.items():
             assert other.scale[name] == pytest.approx(scale, rel=1e-3)
+
+
+def test_where_importance_decides_units_of_all_layers_share_a_budget():
+    model = tiny_model("llama", layers=2).float()
+    recipe = Recipe.parse(
+        {
+            "model": {"source": "none"},
+            "prune": {"heads": {}, "mlp_channels": {}},
+            "budget": {"sparsity": 0.3, "allocation": "importance", "tolerance": 0.05},
+            "gates": {"steps": 6, "batch_size": 2},
+            "export": {"format": "per_layer"},
+        }
+    )
+    trained = Trained(model, recipe)
+    assert [pool.costs is None for pool in trained.pools] == [False]
+    assert all(float(values.min()) >= 0 for values in trained.scores.scores.values())
+    plan = trained.plan
+    plan.validate(trained.unit_map)
+    dense = measure_cost(trained.unit_map).decoder_parameters
+    reached = measure_cost(trained.unit_map, plan.widths(trained.unit_map)).decoder_parameters
+    assert 0.65 * dense <= reached <= 0.7 * dense
+    trained.finish()
