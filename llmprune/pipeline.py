@@ -245,7 +245,8 @@ def _score(
         scores = UnitScores(_once(recipe.method, recipe, found, watch))
     if watch.accelerator.is_main_process:
         save_text(scores.to_json(), folder.file("scores.json"))
-        folder.state.unlink(missing_ok=True)
+        for state in folder.path.glob(f"{folder.state.stem}*{folder.state.suffix}"):
+            state.unlink()
     watch.accelerator.wait_for_everyone()
     return scores
 

@@ -171,7 +171,8 @@ class GateTraining(_Part):
 
     `variant: plus_plus` is the published algorithm; `capped` the default for language models;
     `magnitude` and `curve: at_once` are its controls: the same phases with weight norms in place of
-    learned logits, and no gradual phase.
+    learned logits, and no gradual phase. With `seeds` above 1 the gates are trained that often, on
+    the rows in different orders, and their logits averaged.
     `train` says what learns along with the logits. `dense`, `sparsify`, `sparse` are the shares of
     the steps in the phases of one cycle; `cycles` repeats it (the last sparse phase is the end).
     """
@@ -185,7 +186,7 @@ class GateTraining(_Part):
     steps: Annotated[int, Field(ge=0)] = 60
     batch_size: Positive = 2
     micro_batch_size: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.1
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     weights_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     lora_rank: Positive = 8
@@ -194,6 +195,7 @@ class GateTraining(_Part):
     sparse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     cycles: Positive = 1
     temperature: tuple[float, float] = (1.0, 30.0)
+    seeds: Positive = 1
 
     @model_validator(mode="after")
     def _phases_fill_the_run(self) -> GateTraining:
@@ -209,6 +211,11 @@ class GateTraining(_Part):
             raise ValueError(
                 f"variant: magnitude needs train: all, got {self.train}: with fixed weights it is "
                 "method: magnitude"
+            )
+        if self.seeds > 1 and (self.train != "gates" or self.variant != "capped"):
+            raise ValueError(
+                f"seeds: {self.seeds} needs train: gates and variant: capped, got {self.train} and "
+                f"{self.variant}: only logits can be averaged"
             )
         if not 0 < self.temperature[0] <= self.temperature[1]:
             raise ValueError(f"temperature must be 0 < first <= last, got {self.temperature}")
