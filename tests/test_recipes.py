@@ -14,13 +14,14 @@ from llmprune.surgery import cut
 from llmprune.targets import targets_of
 from llmprune.units import map_units
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-FAMILY = {"smollm2": "llama", "qwen3": "qwen3", "llama": "llama", "gpt2": "gpt2"}
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "eval" / "suites").rglob("*.yaml")])
+FAMILY = {"qwen3": "qwen3", "gpt2": "gpt2"}
 
 
 def small_model(path):
     """Wide enough for every multiple_of in the recipes, otherwise as small as can be."""
-    family = FAMILY[path.stem.partition("-")[0]]
+    family = FAMILY.get(path.stem.partition("-")[0], "llama")
     if family == "gpt2":
         options = {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_inner": 2048, "n_positions": 32}
     else:

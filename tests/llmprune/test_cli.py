@@ -198,6 +198,26 @@ def test_a_run_leaves_a_verified_model_that_every_command_takes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["uniform", "per_layer"])
+def test_a_compensated_run_cuts_what_the_gates_computed_and_keeps_biases(
+    monkeypatch, recipe_file, tmp_path, form
+):
+    out = tmp_path / "run"
+    options = ["--set", "compensation=mean", "--set", f"export.format={form}"]
+    assert call(monkeypatch, "prune", recipe_file, "--out", out, *options) == 0
+    verification = json.loads((out / "verification.json").read_text())
+    assert verification["reference"] == "gated"
+    assert verification["passed"]
+    biases = {
+        n: v for n, v in load_file(out / "model" / "model.safetensors").items() if "bias" in n
+    }
+    assert any("down_proj.bias" in name and value.abs().max() > 0 for name, value in biases.items())
+    # without compensation the same plan leaves none
+    plain = tmp_path / "plain"
+    assert call(monkeypatch, "prune", recipe_file, "--out", plain) == 0
+    assert not any("bias" in n for n in load_file(plain / "model" / "model.safetensors"))
+
+
 def test_a_plan_written_by_hand_is_cut(monkeypatch, capfd, recipe_file, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert call(monkeypatch, "prune", recipe_file, "--out", first) == 0
