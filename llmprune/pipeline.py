@@ -232,9 +232,9 @@ def _score(
 ) -> UnitScores:
     """Score every unit as `recipe.method` says, and save scores.json."""
     if recipe.method == "sequential_attention":
-        scores = _train(recipe, folder, found, pool_list, watch)
+        scores = train_scores(recipe, folder, found, pool_list, watch)
     else:
-        scores = UnitScores(_once(recipe.method, recipe, found, watch))
+        scores = UnitScores(score_once(recipe.method, recipe, found, watch))
     if watch.accelerator.is_main_process:
         save_text(scores.to_json(), folder.file("scores.json"))
         folder.state.unlink(missing_ok=True)
@@ -242,7 +242,9 @@ def _score(
     return scores
 
 
-def _once(name: Method | Prior, recipe: Recipe, found: Found, watch: Watch) -> dict[str, Tensor]:
+def score_once(
+    name: Method | Prior, recipe: Recipe, found: Found, watch: Watch
+) -> dict[str, Tensor]:
     """Scores that take no training, on the first `gates.prior_rows` rows."""
     with watch.accelerator.autocast():
         return score_units(
@@ -257,15 +259,23 @@ def _once(name: Method | Prior, recipe: Recipe, found: Found, watch: Watch) -> d
         )
 
 
-def _train(
-    recipe: Recipe, folder: RunFolder, found: Found, pool_list: list[Pool], watch: Watch
+def train_scores(
+    recipe: Recipe,
+    folder: RunFolder,
+    found: Found,
+    pool_list: list[Pool],
+    watch: Watch,
+    *,
+    priors: dict[str, Tensor] | None = None,
 ) -> UnitScores:
-    """Attach gates and train them; saves the weights that learned along."""
+    """Attach gates and train them; saves the weights that learned along.
+
+    `priors` are those that the recipe names, where they are at hand; None to compute them.
+    """
     model, accelerator = found.dense.model, watch.accelerator
     settings = recipe.gates
-    priors = None
-    if settings.prior != "none" and settings.variant != "magnitude":
-        priors = _once(settings.prior, recipe, found, watch)
+    if priors is None and needs_priors(recipe):
+        priors = score_once(settings.prior, recipe, found, watch)
     frozen = copy.deepcopy(model) if settings.train == "all" else None
     weights = TrainedWeights(model, settings.train, settings.lora_rank, recipe.seed)
     gates = attach_gates(model, found.unit_map, tuple(recipe.prune.rules()), found.means)
@@ -285,6 +295,11 @@ def _train(
         changed = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
         save_tensors(changed, folder.weights, {"of": "calibrated model"})
     return scores
+
+
+def needs_priors(recipe: Recipe) -> bool:
+    """Whether the logits start from something."""
+    return recipe.gates.prior != "none" and recipe.gates.variant != "magnitude"
 
 
 def _cut_and_recover(
