@@ -7,7 +7,7 @@ unit group and across the groups of one kind; how far across kinds, each functio
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +159,7 @@ def metric_scores(
     arXiv 2403.03853) for `activation`, `flap` and `block_influence`, else the sum over what is
     inside.
     """
-    per_position = {
+    per_position: dict[tuple[int, str], Tensor] = {
         (layer, branch): _per_position(metric, model, unit_map, statistics, (layer, branch))
         for layer in range(unit_map.num_layers)
         for branch in BRANCHES
@@ -205,7 +205,7 @@ def _per_position(
     place: Place,
 ) -> Tensor:
     """The metric of every position that a write projection reads, shape (in_features,)."""
-    write = write_of(model, unit_map, place)
+    write: Any = write_of(model, unit_map, place)
     weight = write.weight.detach().double().cpu()
     # Conv1D stores (inputs, outputs), Linear (outputs, inputs)
     norms = weight.square().sum(0 if isinstance(write, nn.Linear) else 1)
@@ -262,7 +262,7 @@ def _matching_scores(
     A unit's score is the error at which it left, per token; the last one scores the whole output.
     """
     place = _place_of(group)
-    write = write_of(model, unit_map, place)
+    write: Any = write_of(model, unit_map, place)
     weight = write.weight.detach()
     inputs_first = weight.T if isinstance(write, nn.Linear) else weight
     width = len(inputs_first) // group.num_units

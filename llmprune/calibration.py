@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,6 +89,13 @@ class CalibrationSet:
         order = torch.cat([self._order(epoch) for epoch in epochs])
         offset = first - epochs.start * num_rows
         return self.rows[order[offset : offset + batch_size]]
+
+    def reordered(self, index: int) -> CalibrationSet:
+        """The same rows in another order, a pure function of (seed, index); 0: as they are."""
+        if index == 0:
+            return self
+        order = torch.randperm(len(self.rows), generator=_generator(self.seed, f"order {index}"))
+        return replace(self, rows=self.rows[order])
 
     def fingerprint(self) -> str:
         """The sha256 of the rows and their shape, in hex."""

@@ -100,6 +100,31 @@ def prune(
 
 
 @app.command()
+def plan(
+    folder: FolderArgument,
+    budget: Annotated[
+        list[str], typer.Option("--budget", help="Key of the new budget: key=value.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the plan; default: in place.")
+    ] = None,
+) -> None:
+    """Choose again for another budget from the scores of a run; trains nothing."""
+    from llmprune.display import plan_table
+    from llmprune.replanning import replan
+
+    _quieten_transformers()
+    found = replan(folder, budget, out)
+    console.print(plan_table(found))
+    recipe = found.folder / "recipe.yaml"
+    console.print(
+        f"wrote {found.folder / 'plan.json'}; go on with: "
+        f"llmprune prune {recipe} --out {found.folder} --resume",
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def verify(folder: FolderArgument) -> None:
     """Reload the model in a fresh process with stock transformers; compare its logits."""
     from llmprune.verification import verify as check

@@ -19,8 +19,10 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from llmprune.cost import Cost
     from llmprune.estimate import Estimate
     from llmprune.pipeline import OnProgress
+    from llmprune.replanning import Replanned
     from llmprune.units import UnitMap
 
 
@@ -153,14 +155,47 @@ def estimate_table(estimate: Estimate) -> Table:
         unit = " per KV group" if kind == "heads" and dense != count and _grouped(estimate) else ""
         mean = " (mean)" if kind in estimate.targets.across else ""
         table.add_row(f"{kind}{unit}{mean}", f"{dense:,}", f"{count:,}", f"{count / dense:.3f}")
-    for name in ("parameters", "decoder_parameters", "flops", "kv_bytes"):
-        before, after = getattr(estimate.dense, name), getattr(estimate.pruned, name)
-        label = {"flops": "FLOPs a token", "kv_bytes": "KV bytes a token"}.get(name, name)
-        table.add_row(label.replace("_", " "), f"{before:,}", f"{after:,}", f"{after / before:.4f}")
+    _add_costs(table, estimate.dense, estimate.pruned)
     table.add_section()
     table.add_row("memory, about", "", f"{estimate.peak_bytes / 2**30:.1f} GiB", "")
     table.add_row("time, about", "", f"{estimate.seconds / 60:.0f} min", "")
     return table
+
+
+def plan_table(found: Replanned) -> Table:
+    """The shape and the costs of a plan beside the dense model's."""
+    table = Table(title="planned: nothing is trained or cut")
+    for column in ("", "dense", "planned", "planned / dense"):
+        table.add_column(column, justify="left" if not column else "right")
+    shapes = found.unit_map.dense, found.widths
+    table.add_row("layers", *(str(len(shape.kept_layers)) for shape in shapes))
+    table.add_row("hidden size", *(f"{shape.hidden_size:,}" for shape in shapes))
+    columns = {
+        "heads a layer": ("num_attention_heads", "attention"),
+        "KV groups a layer": ("num_key_value_heads", "attention"),
+        "MLP channels a layer": ("intermediate_size", "mlp"),
+    }
+    for label, (name, branch) in columns.items():
+        counts = [
+            [getattr(layer, name) for layer in shape.kept_layers if getattr(layer, branch)]
+            for shape in shapes
+        ]
+        table.add_row(label, *(_span(column) for column in counts))
+    table.add_section()
+    _add_costs(table, found.dense, found.pruned)
+    return table
+
+
+def _add_costs(table: Table, dense: Cost, pruned: Cost) -> None:
+    for name in ("parameters", "decoder_parameters", "flops", "kv_bytes"):
+        before, after = getattr(dense, name), getattr(pruned, name)
+        label = {"flops": "FLOPs a token", "kv_bytes": "KV bytes a token"}.get(name, name)
+        table.add_row(label.replace("_", " "), f"{before:,}", f"{after:,}", f"{after / before:.4f}")
+
+
+def _span(counts: list[int]) -> str:
+    low, high = min(counts, default=0), max(counts, default=0)
+    return f"{low:,}" if low == high else f"{low:,}..{high:,}"
 
 
 def to_json(data: Any) -> str:

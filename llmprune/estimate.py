@@ -13,9 +13,9 @@ from llmprune.cost import Cost, measure_cost
 from llmprune.cut_config import check_form
 from llmprune.precision import faster_precision
 from llmprune.recipe import ModelSource, Recipe
-from llmprune.selection import Targets, find_targets, target_widths
 from llmprune.self_generated import SELF_GENERATED
 from llmprune.sources import load_config
+from llmprune.targets import Targets, target_widths, targets_of
 from llmprune.units import UnitMap, map_units
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def estimate_run(recipe: Recipe) -> Estimate:
     """
     model = meta_model(recipe.model)
     unit_map = map_units(model)
-    targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
+    targets = targets_of(unit_map, recipe)
     widths = target_widths(unit_map, targets.counts)
     check_form(model, unit_map, widths, recipe.export.format)
     dense, pruned = measure_cost(unit_map), measure_cost(unit_map, widths)

@@ -4,13 +4,19 @@ Yasuda et al. 2023 (arXiv 2209.14881). Every phase trains the logits of the unit
 selected, together with whatever else the caller trains; then the best of them join the selected
 set, whose gates stay at 1, and the logits begin anew. Nothing of transformers is in here.
 
-Two gates for the unselected:
+`llmprune.sequential_attention` goes the other way, from all units down, in the variants
+`plus_plus`, `capped` and `magnitude`. Here are the two that start from none, by the gates of the
+unselected:
 
 * `softmax` - the paper's algorithm. Softmax over the unselected alone: a selected unit's logit has
   no part in it, not even in the shift that keeps the exponentials finite.
 * `linear` - the gate is the logit itself, with a penalty on the unselected only. For least squares
   and a penalty just below the threshold this is orthogonal matching pursuit, exactly; groups of
-  any sizes included (`llmprune.matching` has both sides).
+  any sizes included (`llmprune.least_squares` has both sides).
+
+Weights that learn along need an L2 pull on those of the unselected alone: `penalty` for linear
+gates, weight decay for softmax. Without one nothing takes the work from the twin of a unit that was
+selected, which then comes next.
 
 A phase's training comes before its pick: `select` is called at a phase's end, and nothing else
 changes the selected set. The code that came with the paper picks at the start of the next phase,
@@ -20,6 +26,7 @@ so that its first unit is random and its last training unused.
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -70,8 +77,8 @@ class ForwardAttention(nn.Module):
             costs: Shape (num_units,), positive. Softmax gates then share out cost instead of
                 number (the sum of cost times gate is fixed), and the penalty of a linear gate is
                 weighted by the cost's square root: picks go by gain per cost. Default: all 1.
-            budget: Cost that the selected units may have together. Picks go by score; one that no
-                longer fits is passed over for the next that does.
+            budget: Cost that the selected units may have together, up to the rounding of `costs`.
+                Picks go by score; one that no longer fits is passed over for the next that does.
             generator: Of the noise that breaks ties; by default one of its own, seed 0.
 
         Raises:
@@ -85,16 +92,20 @@ class ForwardAttention(nn.Module):
         costs = torch.ones(num_units) if costs is None else costs.detach().clone()
         if costs.shape != (num_units,) or not (costs > 0).all():
             raise ValueError(f"costs must be {num_units} positive numbers, got {costs.tolist()}")
-        if budget is not None and budget < float(costs.min()):
+        # not a buffer, which `to` would round: sums of costs are taken in float64, and what the
+        # costs lost to rounding before they came here must not cost a unit
+        self._prices: list[float] = costs.double().tolist()
+        rounding = torch.finfo(costs.dtype).eps if costs.is_floating_point() else 0.0
+        self._most = math.inf if budget is None else budget * (1 + max(1e-9, rounding))
+        if self._most < min(self._prices):
             raise ValueError(
-                f"budget must pay for the cheapest unit, {float(costs.min())}, got {budget}"
+                f"budget must pay for the cheapest unit, {min(self._prices)}, got {budget}"
             )
         self.num_units = num_units
         self.num_kept = num_kept
         self.num_per_phase = num_per_phase
         self.gate = gate
         self.total = total
-        self.budget = math.inf if budget is None else budget
         self.order: list[int] = []
         self._generator = generator or torch.Generator().manual_seed(0)
         self.register_buffer("costs", costs.to(torch.get_default_dtype()))
@@ -105,13 +116,16 @@ class ForwardAttention(nn.Module):
     @property
     def num_phases(self) -> int:
         """Phases of the whole run; with a budget, the most that it can take."""
-        affordable = int((self.costs.double().sort().values.cumsum(0) <= self._most()).sum())
+        sums = accumulate(sorted(self._prices))
+        affordable = sum(cost <= self._most for cost in sums)
         return math.ceil(min(self.num_kept, affordable) / self.num_per_phase)
 
     @property
     def is_done(self) -> bool:
         """Whether no further unit may be selected."""
-        return not self._affordable().any() or len(self.order) == self.num_kept
+        taken = set(self.order)
+        prices = (self._prices[unit] for unit in range(self.num_units) if unit not in taken)
+        return len(taken) == self.num_kept or min(prices) > self._left()
 
     def gates(self) -> Tensor:
         """Shape (num_units,), differentiable: 1 for the selected, the others as `gate` says."""
@@ -164,27 +178,21 @@ class ForwardAttention(nn.Module):
         scores = self.logits.abs() if self.gate == "linear" else self.logits
         if not scores[~self.selected].isfinite().all():
             raise ValueError("select: logits must be finite; lower their learning rate")
-        costs, taken = self.costs.tolist(), set(self.order)
-        spent = sum(costs[unit] for unit in self.order)
+        taken, left = set(self.order), self._left()
         room = min(self.num_per_phase, self.num_kept - len(self.order))
         picked: list[int] = []
         for unit in torch.sort(scores, descending=True, stable=True).indices.tolist():
-            if unit not in taken and spent + costs[unit] <= self._most() and len(picked) < room:
-                spent += costs[unit]
+            if unit not in taken and self._prices[unit] <= left and len(picked) < room:
+                left -= self._prices[unit]
                 picked.append(unit)
         self.selected[picked] = True
         self.order += picked
         self._draw_logits()
         return torch.tensor(picked, device=self.logits.device)
 
-    def _most(self) -> float:
-        # sums of costs carry rounding errors, which must not cost a unit
-        return self.budget * (1 + 1e-9)
-
-    def _affordable(self) -> Tensor:
-        """Bool, shape (num_units,): unselected and within what is left of the budget."""
-        costs = self.costs.double()
-        return ~self.selected & (costs + costs[self.selected].sum() <= self._most())
+    def _left(self) -> float:
+        """What is left of the budget."""
+        return self._most - math.fsum(self._prices[unit] for unit in self.order)
 
     @torch.no_grad()
     def _draw_logits(self) -> None:

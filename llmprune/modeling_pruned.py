@@ -87,7 +87,7 @@ class _DifferingLayers:
     layer_class: type[nn.Module]
     attention_name = "self_attn"
     norm_names = ("input_layernorm", "post_attention_layernorm")
-    write_names = ("self_attn.o_proj", "mlp.down_proj")
+    write_names: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     heads_keys: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads")
 
     def __init__(self: Any, config: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -29,10 +29,11 @@ from llmprune.reconstruction import even_batches, reconstruct
 from llmprune.run_folder import RunFolder, identity_of, settle_precision
 from llmprune.scores import UnitScores
 from llmprune.scoring import score_units, unit_means
-from llmprune.selection import Pool, choose, find_targets, pools, target_widths
+from llmprune.selection import Pool, choose, pools
 from llmprune.self_generated import SELF_GENERATED, sample_rows, self_generated_set
 from llmprune.sources import LoadedModel, load_config, load_dense
 from llmprune.surgery import cut
+from llmprune.targets import target_widths, targets_of
 from llmprune.texts import corpus_of, read_texts, resolve_text, text_name
 from llmprune.trained_weights import TrainedWeights
 from llmprune.training import (
@@ -146,26 +147,33 @@ def prune(
     dense.model.to(watch.accelerator.device)
     watch.on_progress("load the dense model", 1, 1)
     unit_map = map_units(dense.model)
-    targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
+    targets = targets_of(unit_map, recipe)
     is_biased = recipe.compensation == "mean"
     widths = target_widths(unit_map, targets.counts)
     check_form(dense.model, unit_map, widths, recipe.export.format, biased=is_biased)
     calibration_set = read_calibration(recipe, dense, folder, watch)
     means = read_means(recipe, dense, unit_map, folder, calibration_set, watch)
+    found = Found(dense, unit_map, calibration_set, means)
 
     if plan is None:
+        by_importance = recipe.budget is not None and recipe.budget.allocation == "importance"
+        trains = recipe.method == "sequential_attention"
+        if by_importance and trains and recipe.export.format == "uniform":
+            priors = _priors(recipe, folder, found, watch)
+            targets = targets_of(unit_map, recipe, importances=priors)
         if scores is None:
             pool_list = pools(unit_map, targets)
-            found = Found(dense, unit_map, calibration_set, means)
             scores = _score(recipe, folder, found, pool_list, watch)
-            if recipe.method == "sequential_attention" and recipe.gates.train != "gates":
+            if trains and recipe.gates.train != "gates":
                 dense = load_dense(recipe.model)
                 dense.model.to(watch.accelerator.device)
+                found = replace(found, dense=dense)
+        if by_importance and not trains:
+            targets = targets_of(unit_map, recipe, importances=scores.scores)
         plan = choose(scores, unit_map, targets)
         if is_main:
             save_text(plan.to_json(), folder.file("plan.json"))
     if not has_model:
-        found = Found(dense, unit_map, calibration_set, means)
         _cut_and_recover(recipe, folder, found, plan, watch)
     if not is_main:
         return None
@@ -234,17 +242,16 @@ def _score(
     if recipe.method == "sequential_attention":
         scores = train_scores(recipe, folder, found, pool_list, watch)
     else:
-        scores = UnitScores(score_once(recipe.method, recipe, found, watch))
+        scores = UnitScores(_once(recipe.method, recipe, found, watch))
     if watch.accelerator.is_main_process:
         save_text(scores.to_json(), folder.file("scores.json"))
-        folder.state.unlink(missing_ok=True)
+        for state in folder.path.glob(f"{folder.state.stem}*{folder.state.suffix}"):
+            state.unlink()
     watch.accelerator.wait_for_everyone()
     return scores
 
 
-def score_once(
-    name: Method | Prior, recipe: Recipe, found: Found, watch: Watch
-) -> dict[str, Tensor]:
+def _once(name: Method | Prior, recipe: Recipe, found: Found, watch: Watch) -> dict[str, Tensor]:
     """Scores that take no training, on the first `gates.prior_rows` rows."""
     with watch.accelerator.autocast():
         return score_units(
@@ -259,23 +266,32 @@ def score_once(
         )
 
 
-def train_scores(
-    recipe: Recipe,
-    folder: RunFolder,
-    found: Found,
-    pool_list: list[Pool],
-    watch: Watch,
-    *,
-    priors: dict[str, Tensor] | None = None,
-) -> UnitScores:
-    """Attach gates and train them; saves the weights that learned along.
+def _priors(
+    recipe: Recipe, folder: RunFolder, found: Found, watch: Watch
+) -> dict[str, Tensor] | None:
+    """Importances that the logits start from; kept in a file where counts depend on them."""
+    if recipe.gates.prior == "none" or recipe.gates.variant == "magnitude":
+        return None
+    file = folder.file("priors.json")
+    if file.is_file():
+        return dict(UnitScores.from_json(file.read_text(), name=file.name).scores)
+    priors = _once(recipe.gates.prior, recipe, found, watch)
+    if recipe.budget is not None and recipe.budget.allocation == "importance":
+        # all processes go on with the numbers that a resumed run will read
+        text = UnitScores(priors).to_json()
+        if watch.accelerator.is_main_process:
+            save_text(text, file)
+        return dict(UnitScores.from_json(text).scores)
+    return priors
 
-    `priors` are those that the recipe names, where they are at hand; None to compute them.
-    """
+
+def train_scores(
+    recipe: Recipe, folder: RunFolder, found: Found, pool_list: list[Pool], watch: Watch
+) -> UnitScores:
+    """Attach gates and train them; saves the weights that learned along."""
     model, accelerator = found.dense.model, watch.accelerator
     settings = recipe.gates
-    if priors is None and needs_priors(recipe):
-        priors = score_once(settings.prior, recipe, found, watch)
+    priors = _priors(recipe, folder, found, watch)
     frozen = copy.deepcopy(model) if settings.train == "all" else None
     weights = TrainedWeights(model, settings.train, settings.lora_rank, recipe.seed)
     gates = attach_gates(model, found.unit_map, tuple(recipe.prune.rules()), found.means)
@@ -295,11 +311,6 @@ def train_scores(
         changed = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
         save_tensors(changed, folder.weights, {"of": "calibrated model"})
     return scores
-
-
-def needs_priors(recipe: Recipe) -> bool:
-    """Whether the logits start from something."""
-    return recipe.gates.prior != "none" and recipe.gates.variant != "magnitude"
 
 
 def _cut_and_recover(

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmprune.errors import InputError
+from llmprune.overrides import apply_override, kind_of
 
 UnitKind = Literal[
     "heads",
@@ -74,17 +75,22 @@ class KindRule(_Part):
     """What may go of one kind of unit.
 
     Without `sparsity` (the share of units removed) the kind takes its part of `budget`.
-    `multiple_of` rounds the count kept per layer; `scope` is where units compete: within their
-    layer (equal counts in every layer) or across the model (`export.format: per_layer` only).
+    `multiple_of` rounds the count kept per layer, `min_kept` is the least of it; `scope` is where
+    units compete: within their layer (equal counts in every layer) or across the model
+    (`export.format: per_layer` only).
     """
 
     sparsity: Sparsity | None = None
     multiple_of: Positive = 1
+    min_kept: Positive | None = None
     scope: Literal["layer", "model"] = "layer"
 
 
 class Prune(_Part):
-    """The kinds of unit that may be removed; a kind that is not named stays whole."""
+    """The kinds of unit that may be removed; a kind that is not named stays whole.
+
+    Counts of pruned heads, KV groups and MLP channels are multiples of `tensor_parallel_size`.
+    """
 
     heads: KindRule | None = None
     kv_groups: KindRule | None = None
@@ -93,6 +99,7 @@ class Prune(_Part):
     attention_sublayers: KindRule | None = None
     mlp_sublayers: KindRule | None = None
     layers: KindRule | None = None
+    tensor_parallel_size: Positive = 1
 
     def rules(self) -> dict[UnitKind, KindRule]:
         """The named kinds with their rules, in the order of `UNIT_KINDS`."""
@@ -101,11 +108,34 @@ class Prune(_Part):
 
 
 class Budget(_Part):
-    """How much must go: `sparsity` of the total named by `of`, met within `tolerance` of it."""
+    """How much must go: exactly one of `sparsity`, `latency_ms` and `latency`.
 
-    sparsity: Sparsity
+    `sparsity` is a share of the total named by `of`; `latency` a ratio to the dense model's time
+    for one `phase` at (batch_size, context) tokens, `latency_ms` that time. Met within `tolerance`
+    of the total. `allocation` says how kinds and layers divide it: equal shares, or what loses the
+    least importance (llmprune/allocation.py).
+    """
+
+    sparsity: Sparsity | None = None
     of: Literal["decoder_parameters", "parameters", "flops", "kv_bytes"] = "decoder_parameters"
+    latency_ms: Annotated[float, Field(gt=0.0)] | None = None
+    latency: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    phase: Literal["prefill", "decode"] = "prefill"
+    batch_size: Positive = 1
+    context: Positive = 128
     tolerance: Annotated[float, Field(gt=0.0, le=0.1)] = 0.01
+    allocation: Literal["equal", "importance"] = "equal"
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> Budget:
+        given = [name for name in BUDGET_GOALS if getattr(self, name) is not None]
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise ValueError(f"must have exactly one of {', '.join(BUDGET_GOALS)}, got {got}")
+        return self
+
+
+BUDGET_GOALS = ("sparsity", "latency_ms", "latency")
 
 
 class Optimizer(_Part):
@@ -141,7 +171,8 @@ class GateTraining(_Part):
 
     `variant: plus_plus` is the published algorithm; `capped` the default for language models;
     `magnitude` and `curve: at_once` are its controls: the same phases with weight norms in place of
-    learned logits, and no gradual phase.
+    learned logits, and no gradual phase. With `seeds` above 1 the gates are trained that often, on
+    the rows in different orders, and their logits averaged.
     `train` says what learns along with the logits. `dense`, `sparsify`, `sparse` are the shares of
     the steps in the phases of one cycle; `cycles` repeats it (the last sparse phase is the end).
     """
@@ -155,7 +186,7 @@ class GateTraining(_Part):
     steps: Annotated[int, Field(ge=0)] = 60
     batch_size: Positive = 2
     micro_batch_size: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.1
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     weights_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     lora_rank: Positive = 8
@@ -164,6 +195,7 @@ class GateTraining(_Part):
     sparse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     cycles: Positive = 1
     temperature: tuple[float, float] = (1.0, 30.0)
+    seeds: Positive = 1
 
     @model_validator(mode="after")
     def _phases_fill_the_run(self) -> GateTraining:
@@ -179,6 +211,11 @@ class GateTraining(_Part):
             raise ValueError(
                 f"variant: magnitude needs train: all, got {self.train}: with fixed weights it is "
                 "method: magnitude"
+            )
+        if self.seeds > 1 and (self.train != "gates" or self.variant != "capped"):
+            raise ValueError(
+                f"seeds: {self.seeds} needs train: gates and variant: capped, got {self.train} and "
+                f"{self.variant}: only logits can be averaged"
             )
         if not 0 < self.temperature[0] <= self.temperature[1]:
             raise ValueError(f"temperature must be 0 < first <= last, got {self.temperature}")
@@ -283,6 +320,8 @@ class Recipe(_Part):
             raise ValueError(f"prune.{open_kinds[0]} has no sparsity and there is no budget")
         if self.budget is not None and not open_kinds:
             raise ValueError("budget has no kind to act on: every kind in prune has a sparsity")
+        if self.budget is not None:
+            self._budget_fits(self.budget, rules)
         if self.export.format == "uniform":
             across = [kind for kind, rule in rules.items() if _crosses_layers(kind, rule)]
             if across:
@@ -291,6 +330,27 @@ class Recipe(_Part):
                     "it needs export.format: per_layer"
                 )
         return self
+
+    def _budget_fits(self, budget: Budget, rules: dict[UnitKind, KindRule]) -> None:
+        if budget.sparsity is None and "hidden_channels" in rules:
+            raise ValueError(
+                "a latency budget is measured at the dense hidden size, got prune.hidden_channels; "
+                "take it out or give budget.sparsity"
+            )
+        if budget.allocation == "equal":
+            return
+        fixed = [k for k, rule in rules.items() if rule.sparsity and _crosses_layers(k, rule)]
+        if fixed:
+            raise ValueError(
+                f"prune.{fixed[0]} must have no sparsity of its own to compete across layers "
+                "where budget.allocation is importance"
+            )
+        trains = self.method == "sequential_attention" and self.export.format == "uniform"
+        if trains and self.gates.prior == "none":
+            raise ValueError(
+                "budget.allocation: importance in a uniform export finds its counts before gates "
+                "train, so it needs gates.prior, got none"
+            )
 
     @staticmethod
     def read(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -317,9 +377,9 @@ class Recipe(_Part):
             where = " ".join(str(error).split())
             raise InputError(f"{path}: a recipe must be YAML, got: {where}") from error
         if not isinstance(data, dict):
-            raise InputError(f"{path}: a recipe must be a mapping of keys, got {_kind_of(data)}")
+            raise InputError(f"{path}: a recipe must be a mapping of keys, got {kind_of(data)}")
         for override in overrides or []:
-            _apply_override(data, override)
+            apply_override(data, override)
         return Recipe.parse(data, name=str(path))
 
     @staticmethod
@@ -340,38 +400,6 @@ def _crosses_layers(kind: UnitKind, rule: KindRule) -> bool:
     return kind in per_layer_kinds and rule.scope == "model"
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
-    if not sign or not key:
-        raise InputError(f"--set takes dotted.key=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {key}: the value must be YAML, got {text!r}") from error
-    *parents, last = key.split(".")
-    place: Any = data
-    for parent in parents:
-        if isinstance(place, dict) and place.get(parent) is None:
-            place[parent] = {}
-        place = _inside(place, parent, key)
-    if isinstance(place, list):
-        _inside(place, last, key)
-        place[int(last)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        raise InputError(f"--set {key}: the recipe holds {_kind_of(place)} there, not a mapping")
-
-
-def _inside(place: Any, name: str, key: str) -> Any:
-    """What a mapping holds under a key, or a list at a position."""
-    if isinstance(place, dict):
-        return place[name]
-    if isinstance(place, list) and name.isdigit() and int(name) < len(place):
-        return place[int(name)]
-    raise InputError(f"--set {key}: there is no {name} in {_kind_of(place)}")
-
-
 def _one_line(name: str, error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "recipe"
@@ -381,7 +409,3 @@ def _one_line(name: str, error: ValidationError) -> str:
     rule = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     return f"{name}: {key}: {rule[0].lower()}{rule[1:]}{got}{more}"
-
-
-def _kind_of(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -24,11 +24,14 @@ class UnitScores:
         dropped_at: Group name -> step at which a unit left for good, -1 for those that never did;
             who left earlier goes first. Empty where nothing leaves before the end.
         scale: Group name -> the gate that each unit ends with; absent means 1.
+        agreement: Of two seeds, `rank_correlation` of what training did to the logits and what
+            `chance` reaches; empty where there was one seed.
     """
 
     scores: Mapping[str, Tensor]
     dropped_at: Mapping[str, Tensor] = field(default_factory=dict)
     scale: Mapping[str, Tensor] = field(default_factory=dict)
+    agreement: Mapping[str, float] = field(default_factory=dict)
 
     def order(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Rank of every unit in a pool of groups, int64, higher stays; ties to low indices."""
@@ -50,6 +53,7 @@ class UnitScores:
         for key, table in tables.items():
             rows = [f"{json.dumps(n)}: {json.dumps(v.tolist())}" for n, v in table.items()]
             parts.append(f'"{key}": {{\n' + ",\n".join(rows) + "\n}")
+        parts.append(f'"agreement": {json.dumps(dict(self.agreement))}')
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
     @staticmethod
@@ -66,6 +70,7 @@ class UnitScores:
                     scores={k: torch.tensor(v) for k, v in data["scores"].items()},
                     dropped_at={k: torch.tensor(v) for k, v in data["dropped_at"].items()},
                     scale={k: torch.tensor(v) for k, v in data["scale"].items()},
+                    agreement={k: float(v) for k, v in data.get("agreement", {}).items()},
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{name}: must be a scores file, got: {error!r}") from error

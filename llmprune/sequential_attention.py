@@ -2,7 +2,9 @@
 
 Nothing of transformers is in here. A problem gives the sizes of its groups and how many units each
 keeps; `SequentialAttention` holds a logit per unit and says at every step what each unit's gate is.
-Three variants share schedule, masks and bookkeeping:
+It starts from all units and takes some away; `llmprune.forward_selection` has the two variants that
+start from none and add: `softmax`, Sequential Attention as published, and `linear`, the form that
+theory speaks of. The three here share schedule, masks and bookkeeping:
 
 * `plus_plus` - SequentialAttention++ as published (Yasuda et al. 2024, arXiv 2402.17902): attention
   A = n softmax(L) over the units that are alive, clipped to [density, 1 / density], times a 0/1

@@ -7,7 +7,9 @@ result does not depend on how many processes there are, and a resumed run sees t
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,9 +25,11 @@ from llmprune.baselines import magnitude_scores
 from llmprune.errors import InputError
 from llmprune.files import save_tensors
 from llmprune.gates import Gates
+from llmprune.pool_logits import group_of, importances_of, starting_logits
 from llmprune.scores import UnitScores
 from llmprune.selection import Pool
-from llmprune.sequential_attention import Group, Schedule, SequentialAttention
+from llmprune.sequential_attention import Schedule, SequentialAttention
+from llmprune.signal import rank_correlation, shuffled_null
 from llmprune.trained_weights import TrainedWeights, checkpointing
 
 if TYPE_CHECKING:
@@ -42,6 +46,8 @@ STATE_FORMAT = "llmprune-gate-state/1"
 # Share of the steps over which the weights' learning rate rises, and where its cosine ends.
 WARM_UP = 0.1
 FINAL_RATE = 0.1
+# The 95th percentile of a null of this size is known within two or three percent of itself.
+AGREEMENT_SHUFFLES = 200
 
 
 def start_accelerator(training: Training, seed: int) -> Accelerator:
@@ -78,9 +84,43 @@ def train_gates(
     Raises:
         InputError: A state to resume from that belongs to another run.
     """
+    engines = [
+        _train_engine(
+            model,
+            gates,
+            calibration_set.reordered(index),
+            pools,
+            recipe=recipe,
+            run=run.seed(index),
+        )
+        for index in range(recipe.gates.seeds)
+    ]
+    starts = starting_logits(run.priors, pools) if run.priors else None
+    agreement = _agreement(engines, starts) if len(engines) > 1 else {}
+    engine = engines[0]
+    with torch.no_grad():
+        for index, logits in enumerate(engine.logits):
+            logits.copy_(torch.stack([one.logits[index] for one in engines]).mean(0))
+    if recipe.budget is not None and recipe.budget.allocation == "importance":
+        values = importances_of(engine, pools, run.priors)
+    else:
+        values = [parameter.detach().float().cpu() for parameter in engine.logits]
+    return _scores(engine, values, pools, gates, agreement)
+
+
+def _train_engine(
+    model: PreTrainedModel,
+    gates: Gates,
+    calibration_set: CalibrationSet,
+    pools: list[Pool],
+    *,
+    recipe: Recipe,
+    run: GateRun,
+) -> SequentialAttention:
+    """Train the logits of one seed, or take up its state."""
     settings = recipe.gates
     engine = SequentialAttention(
-        [Group(pool.num_units, pool.num_kept) for pool in pools],
+        [group_of(pool) for pool in pools],
         Schedule.of_cycles(
             settings.steps,
             dense=settings.dense,
@@ -89,17 +129,18 @@ def train_gates(
             cycles=settings.cycles,
         ),
         variant=settings.variant,
-        priors=_pooled(run.priors, pools) if run.priors else None,
+        priors=starting_logits(run.priors, pools) if run.priors else None,
         temperature=settings.temperature,
         curve=settings.curve,
     ).to(run.accelerator.device)
+    num_steps = engine.schedule.num_steps
     weights = run.weights.parameters
     optimizer = _gate_optimizer(engine, weights, settings)
     first = _resume(run, engine, weights, optimizer)
     batches = Batches(run.accelerator, calibration_set, settings, recipe.training)
     loss_of = _loss_of(settings.loss, model, run.teacher)
     with checkpointing(model, recipe.training):
-        for step in range(first, engine.schedule.num_steps):
+        for step in range(first, num_steps):
             if engine.schedule.at(step).begins_phase:
                 # "crucial": what was learned under another mask misleads (arXiv 2402.17902, app. C)
                 optimizer.state.clear()
@@ -107,7 +148,7 @@ def train_gates(
             if settings.variant == "magnitude":
                 # the norms move with the weights that learn along
                 norms = magnitude_scores(model, gates.unit_map, _kinds_of(gates))
-                engine.set_scores(_pooled(norms, pools))
+                engine.set_scores(starting_logits(norms, pools))
 
             def set_gates(step: int = step) -> None:
                 gates.set(_unpooled(engine.gates(step), pools, gates))
@@ -115,10 +156,33 @@ def train_gates(
             _set_rate(optimizer, "weights", settings.weights_learning_rate, step, settings.steps)
             loss = batches.train_step(step, optimizer, loss_of, before_each=set_gates)
             done = step + 1
-            if done % recipe.training.save_every == 0 and done < engine.schedule.num_steps:
+            is_whole = done == num_steps and settings.seeds > 1
+            if is_whole or (done % recipe.training.save_every == 0 and done < num_steps):
                 run.save(engine, weights, optimizer, done)
-            run.on_step(done, engine.schedule.num_steps, loss)
-    return _scores(engine, pools, gates)
+            run.on_step(done, num_steps, loss)
+    return engine
+
+
+def _agreement(engines: list[SequentialAttention], starts: list[Tensor] | None) -> dict[str, float]:
+    """How far two seeds agree on what training did to the logits, and what chance reaches.
+
+    Warns where they agree no more than chance does.
+    """
+
+    def moves(engine: SequentialAttention) -> list[Tensor]:
+        logits = [parameter.detach().cpu() for parameter in engine.logits]
+        return logits if starts is None else [a - b for a, b in zip(logits, starts, strict=True)]
+
+    first, second = moves(engines[0]), moves(engines[1])
+    correlation = rank_correlation(first, second)
+    chance = shuffled_null(first, second, num_shuffles=AGREEMENT_SHUFFLES)
+    if correlation <= chance:
+        warnings.warn(
+            f"gates: two seeds agree no more than chance does (rank correlation {correlation:.3f}, "
+            f"chance {chance:.3f}); take more steps, a larger batch_size or another loss",
+            stacklevel=2,
+        )
+    return {"rank_correlation": correlation, "chance": chance}
 
 
 def _kinds_of(gates: Gates) -> set[UnitKind]:
@@ -200,6 +264,13 @@ class GateRun:
         self.state_file = state_file
         self.identity = identity
         self.on_step = on_step
+
+    def seed(self, index: int) -> GateRun:
+        """The run of one seed of several; each keeps a state of its own."""
+        one = copy.copy(self)
+        if index and self.state_file is not None:
+            one.state_file = self.state_file.with_stem(f"{self.state_file.stem}-{index}")
+        return one
 
     def save(
         self,
@@ -367,18 +438,6 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
 
-def _pooled(priors: dict[str, Tensor], pools: list[Pool]) -> list[Tensor]:
-    """Logits to start from: the logarithm of the importance, mean 0 in each pool."""
-    starts = []
-    for pool in pools:
-        parts = [priors[name][start:stop] for name, start, stop in pool.members]
-        values = torch.cat(parts).double()
-        floor = values.mean() * 1e-6 + torch.finfo(torch.float64).tiny
-        logits = values.clamp(min=float(floor)).log()
-        starts.append((logits - logits.mean()).float())
-    return starts
-
-
 def _unpooled(values: list[Tensor], pools: list[Pool], gates: Gates) -> dict[str, Tensor]:
     """Values per pool -> values per unit group."""
     parts: dict[str, list[tuple[int, Tensor]]] = {}
@@ -395,14 +454,20 @@ def _unpooled(values: list[Tensor], pools: list[Pool], gates: Gates) -> dict[str
     }
 
 
-def _scores(engine: SequentialAttention, pools: list[Pool], gates: Gates) -> UnitScores:
-    logits = [parameter.detach().float().cpu() for parameter in engine.logits]
+def _scores(
+    engine: SequentialAttention,
+    values: list[Tensor],
+    pools: list[Pool],
+    gates: Gates,
+    agreement: dict[str, float],
+) -> UnitScores:
     scale: dict[str, Tensor] = {}
     dropped: dict[str, Tensor] = {}
     if engine.variant != "capped":
         scale = _unpooled(engine.scales(), pools, gates)
         dropped = _unpooled(engine.dropped_at, pools, gates)
-    return UnitScores(scores=_unpooled(logits, pools, gates), dropped_at=dropped, scale=scale)
+    scores = _unpooled(values, pools, gates)
+    return UnitScores(scores=scores, dropped_at=dropped, scale=scale, agreement=agreement)
 
 
 def teacher_of(

@@ -9,17 +9,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmprune.recipe import Recipe
 from llmprune.scores import UnitScores
-from llmprune.selection import choose, find_targets
+from llmprune.selection import choose
 from llmprune.surgery import cut
+from llmprune.targets import targets_of
 from llmprune.units import map_units
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-FAMILY = {"smollm2": "llama", "qwen3": "qwen3", "llama": "llama", "gpt2": "gpt2"}
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "eval" / "suites").rglob("*.yaml")])
+FAMILY = {"qwen3": "qwen3", "gpt2": "gpt2"}
 
 
 def small_model(path):
     """Wide enough for every multiple_of in the recipes, otherwise as small as can be."""
-    family = FAMILY[path.stem.partition("-")[0]]
+    family = FAMILY.get(path.stem.partition("-")[0], "llama")
     if family == "gpt2":
         options = {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_inner": 2048, "n_positions": 32}
     else:
@@ -40,7 +42,7 @@ def test_recipe_is_read_and_planned(path):
     recipe = Recipe.read(path)
     model = small_model(path)
     unit_map = map_units(model)
-    targets = find_targets(unit_map, recipe.prune.rules(), recipe.budget)
+    targets = targets_of(unit_map, recipe)
     scores = UnitScores({g.name: torch.rand(g.num_units) for g in unit_map.groups.values()})
     plan = choose(scores, unit_map, targets)
     pruned = cut(model, plan, form=recipe.export.format)

@@ -42,16 +42,21 @@ def tokens_of(recipe: Recipe, stage: Stage) -> dict[str, int]:
     length, gates = recipe.calibration.row_length, recipe.gates
     trains = recipe.method == "sequential_attention"
     reads = recipe.method not in ("random", "magnitude", "sequential_attention")
-    reads |= trains and gates.prior != "none" and gates.variant != "magnitude"
+    reads |= trains and reads_priors(recipe)
     rows = min(gates.prior_rows, recipe.calibration.num_rows) if reads else 0
     found = {"scores": rows * length}
-    found["gates"] = gates.steps * gates.batch_size * length if trains else 0
+    found["gates"] = gates.seeds * gates.steps * gates.batch_size * length if trains else 0
     if stage != "compensated" and recipe.reconstruction is not None:
         rows = min(recipe.reconstruction.num_rows, recipe.calibration.num_rows)
         found["refit"] = rows * length
     if stage == "recovered":
         found["recovery"] = recipe.recovery.steps * recipe.recovery.batch_size * length
     return found
+
+
+def reads_priors(recipe: Recipe) -> bool:
+    """Whether the logits of gates start from importances."""
+    return recipe.gates.prior != "none" and recipe.gates.variant != "magnitude"
 
 
 def num_parameters(model: PreTrainedModel) -> int:

@@ -6,82 +6,23 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
 
 from llmprune.errors import InputError
 from llmprune.files import save_text
 from llmprune.pipeline import OnProgress, silent
-from llmprune.recipe import Method, PerplexityTask, Recipe
+from llmprune.recipe import PerplexityTask, Recipe
 from llmprune.run_folder import settle_precision
 from llmprune.texts import corpus_of, resolve_text, text_name
 from llmprune_eval.comparison import BlockTable, Comparison, Row, Seeded
 from llmprune_eval.comparison_plot import plot
+from llmprune_eval.contenders import CONTENDERS, SEQUENTIAL, check_methods, variant
 from llmprune_eval.stored_results import Result, Stage, StoredResults, request_of
 from llmprune_eval.workbench import Workbench
 
-SEQUENTIAL: Method = "sequential_attention"
 # Rules that take every method, and none.
 ALL, NONE = "all", "none"
 # Baselines that are repeated with other seeds, besides SequentialAttention++.
 SEEDED_BASELINES = 2
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One method of a comparison: what it is called, and what of a recipe it changes.
-
-    Attributes:
-        label: For tables.
-        changes: The recipe as a mapping -> the same with the method in it.
-        is_control: A form of SequentialAttention++ with a part taken out, no method of its own.
-    """
-
-    label: str
-    changes: Callable[[dict[str, Any]], dict[str, Any]]
-    is_control: bool = False
-
-
-def _named(method: Method) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda recipe: recipe | {"method": method}
-
-
-def _gates(**changes: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda recipe: recipe | {"method": SEQUENTIAL, "gates": recipe["gates"] | changes}
-
-
-def _whole_layers(recipe: dict[str, Any]) -> dict[str, Any]:
-    """ShortGPT removes layers, so it meets the budget as nearly as whole layers can."""
-    budget = {key: recipe["budget"][key] for key in ("sparsity", "of")}
-    return recipe | {
-        "method": "block_influence",
-        "prune": {"layers": {}},
-        "budget": budget | {"tolerance": 0.02},
-        "export": recipe["export"] | {"format": "uniform"},
-    }
-
-
-CONTENDERS: Mapping[str, Contender] = {
-    "sequential_attention": Contender("SequentialAttention++", _named(SEQUENTIAL)),
-    "random": Contender("random", _named("random")),
-    "magnitude": Contender("magnitude", _named("magnitude")),
-    "wanda": Contender("Wanda, structured", _named("wanda")),
-    "flap": Contender("FLAP", _named("flap")),
-    "taylor": Contender("Taylor (LLM-Pruner)", _named("taylor")),
-    "taylor_squared": Contender("squared Taylor", _named("taylor_squared")),
-    "block_influence": Contender("block influence (ShortGPT), whole layers", _whole_layers),
-    "omp": Contender("group OMP, backward", _named("omp")),
-    "gradual_magnitude": Contender(
-        "control: gradual magnitude, weights train",
-        _gates(variant="magnitude", train="all", prior="none"),
-        is_control=True,
-    ),
-    "without_gradual_phase": Contender(
-        "control: SA++ without the gradual phase",
-        _gates(curve="at_once"),
-        is_control=True,
-    ),
-}
-assert set(get_args(Method)) <= set(CONTENDERS)
 
 
 @dataclass(frozen=True)
@@ -175,10 +116,11 @@ def compare(
         _make(out / folder)
     blocks = _settle(recipes, out)
     store = StoredResults(out / "results")
-    variants = {name: {m: variant(recipe, m) for m in names} for name, recipe in blocks.items()}
+    variants = {name: {m: _variant(recipe, m) for m in names} for name, recipe in blocks.items()}
     bench = None if report_only else Workbench(out, store, on_progress)
     if bench is not None:
-        bench.prepare([recipe for own in variants.values() for recipe in own.values()])
+        own = [one for found in variants.values() for one in found.values()]
+        bench.prepare([recipe for recipe in own if isinstance(recipe, Recipe)])
     tables: list[BlockTable] = []
     for name, recipe in blocks.items():
         on_progress(f"block {name}", len(tables), len(blocks))
@@ -188,25 +130,12 @@ def compare(
     return Comparison(tuple(tables), command)
 
 
-def check_methods(methods: Iterable[str] | None) -> tuple[str, ...]:
-    """The methods in the order of `CONTENDERS`.
-
-    Raises:
-        InputError: There is no method of that name, or none at all.
-    """
-    wanted = list(CONTENDERS) if methods is None else list(methods)
-    for name in wanted:
-        if name not in CONTENDERS:
-            known = ", ".join(CONTENDERS)
-            raise InputError(f"--methods must be all or some of {known}, got {name!r}")
-    if not wanted:
-        raise InputError("--methods must name at least one method")
-    return tuple(name for name in CONTENDERS if name in wanted)
-
-
-def variant(recipe: Recipe, method: str) -> Recipe:
-    """The recipe with a method in it."""
-    return Recipe.parse(CONTENDERS[method].changes(recipe.model_dump(mode="json")), name=method)
+def _variant(recipe: Recipe, method: str) -> Recipe | Result:
+    """The recipe with a method in it, or why a recipe can't have both."""
+    try:
+        return variant(recipe, method)
+    except InputError as error:
+        return Result(None, refused=str(error))
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
@@ -215,8 +144,8 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
 
 
 def _check_recipe(name: str, recipe: Recipe, extent: Extent) -> None:
-    if recipe.budget is None:
-        raise InputError(f"{name}: a comparison needs a budget, which every method has to meet")
+    if recipe.budget is None or recipe.budget.sparsity is None:
+        raise InputError(f"{name}: a comparison needs budget.sparsity, which every method meets")
     if not recipe.evaluation.perplexity:
         raise InputError(f"{name}: evaluation.perplexity must name the text to compare on")
     if extent.recover != NONE and not recipe.recovery.steps:
@@ -253,13 +182,15 @@ def _settle(recipes: Mapping[str, Recipe], out: Path) -> dict[str, Recipe]:
 
 def _fetcher(
     recipe: Recipe,
-    variants: Mapping[str, Recipe],
+    variants: Mapping[str, Recipe | Result],
     store: StoredResults,
     bench: Workbench | None,
     name: str,
 ) -> Fetch:
     def fetch(job: Job) -> Result | None:
         wanted = recipe if job.method is None else variants[job.method]
+        if isinstance(wanted, Result):
+            return wanted
         wanted = with_seed(wanted, job.seed)
         if bench is None:
             return store.asked(request_of(wanted, job.stage, job.windows))
@@ -363,7 +294,8 @@ def _repeat(
 
 
 def _budget_text(recipe: Recipe) -> str:
-    assert recipe.budget is not None, "checked at the start"
+    assert recipe.budget is not None
+    assert recipe.budget.sparsity is not None
     return f"{100 * recipe.budget.sparsity:g} % of {recipe.budget.of}".replace("_", " ")
 
 

@@ -68,7 +68,7 @@ def request_of(recipe: Recipe, stage: Stage, windows: int | None) -> str:
     """What asks for a result, as far as a recipe tells without a model at hand; a hash."""
     task = recipe.evaluation.perplexity[0]
     sources = [recipe.model, recipe.calibration, task.model_copy(update={"max_windows": windows})]
-    asked = [source.model_dump(mode="json") for source in sources]
+    asked = [source.model_dump(mode="json", exclude_none=True) for source in sources]
     if stage == "dense":
         return hash_of([asked[0], asked[2], stage])
     return hash_of([asked, stage_parts(recipe, stage)])
@@ -76,7 +76,7 @@ def request_of(recipe: Recipe, stage: Stage, windows: int | None) -> str:
 
 def plan_parts(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe a plan depends on, besides the model and the calibration rows."""
-    whole = recipe.model_dump(mode="json")
+    whole = recipe.model_dump(mode="json", exclude_none=True)
     parts = {key: whole[key] for key in ("method", "prune", "budget", "compensation", "seed")}
     trains = recipe.method == "sequential_attention"
     parts["gates"] = whole["gates"] if trains else {"prior_rows": recipe.gates.prior_rows}
@@ -87,10 +87,10 @@ def plan_parts(recipe: Recipe) -> dict[str, Any]:
 
 def stage_parts(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """What of a recipe a result depends on, besides model, calibration rows and text."""
-    whole = recipe.model_dump(mode="json")
+    whole = recipe.model_dump(mode="json", exclude_none=True)
     parts = plan_parts(recipe) | {"stage": stage}
     if stage in ("refit", "recovered"):
-        parts["reconstruction"] = whole["reconstruction"]
+        parts["reconstruction"] = whole.get("reconstruction")
     if stage == "recovered":
         parts["recovery"] = whole["recovery"]
     return parts

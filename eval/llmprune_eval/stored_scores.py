@@ -32,11 +32,13 @@ class Scored:
     """Scores with what they took.
 
     `seconds` holds what the method would take alone: a pass that several share counts for each.
+    `priors` are what the logits of trained gates started from.
     """
 
     scores: UnitScores
     seconds: float
     is_partial_time: bool = False
+    priors: Mapping[str, torch.Tensor] | None = None
 
 
 class StoredScores:
@@ -79,7 +81,7 @@ class StoredScores:
         for file in sorted(self.folder.glob(f"{stem}-*.json")):
             there = set(file.stem.removeprefix(f"{stem}-").split("+"))
             if there == kinds or (name in COSTLY and there >= own):
-                return self._read(file)
+                return self.read(file)
         statistics, shared = None, 0.0
         if name in FROM_STATISTICS:
             statistics, shared = self._collect(inputs, recipe, found, watch)
@@ -99,11 +101,6 @@ class StoredScores:
         file = self.folder / f"{stem}-{'+'.join(sorted(kinds))}.json"
         return self.keep(file, UnitScores(tables), shared + time.perf_counter() - start)
 
-    def trained(self, stem: str) -> Scored | None:
-        """Scores that gates were trained for, if they are there."""
-        file = self.folder / f"{stem}.json"
-        return self._read(file) if file.is_file() else None
-
     def keep(
         self, file: Path, scores: UnitScores, seconds: float, *, is_partial_time: bool = False
     ) -> Scored:
@@ -115,7 +112,7 @@ class StoredScores:
             "scores": json.loads(scores.to_json()),
         }
         save_text(json.dumps(data) + "\n", file)
-        return self._read(file)
+        return self.read(file)
 
     def forget_statistics(self) -> None:
         """Free the memory that they take; Gram matrices are large."""
@@ -140,7 +137,12 @@ class StoredScores:
             self._statistics = (key, statistics, time.perf_counter() - start)
         return self._statistics[1:]
 
-    def _read(self, file: Path) -> Scored:
+    def read(self, file: Path) -> Scored:
+        """Read scores.
+
+        Raises:
+            InputError: The file is damaged.
+        """
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from llmprune.calibration import CalibrationSet
 from llmprune.checkpoint import cast_parameters, load_weights
 from llmprune.cut_config import check_form
 from llmprune.errors import InputError
@@ -24,30 +21,27 @@ from llmprune.pipeline import (
     Found,
     OnProgress,
     Watch,
-    needs_priors,
-    read_calibration,
-    read_means,
     train_scores,
 )
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe, UnitKind
 from llmprune.reconstruction import even_batches, reconstruct
 from llmprune.run_folder import RunFolder
-from llmprune.selection import choose, find_targets, pools, target_widths
-from llmprune.sources import LoadedModel, load_dense
+from llmprune.selection import choose, pools
 from llmprune.surgery import cut
-from llmprune.texts import read_texts, resolve_text
-from llmprune.training import recover, start_accelerator
-from llmprune.units import UnitMap, map_units
+from llmprune.targets import target_widths, targets_of
+from llmprune.training import recover
 from llmprune_eval.accounting import (
     num_parameters,
+    reads_priors,
     removed_share,
-    sample_of,
     sources_of,
     tokens_of,
     units_removed,
 )
-from llmprune_eval.perplexity import encode, measure_perplexity
+from llmprune_eval.contenders import SEQUENTIAL
+from llmprune_eval.groundwork import Ground, Groundwork
+from llmprune_eval.perplexity import measure_perplexity
 from llmprune_eval.report import environment
 from llmprune_eval.stored_results import (
     Result,
@@ -63,15 +57,8 @@ from llmprune_eval.stored_scores import Scored, StoredScores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Ground:
-    """A dense model with rows drawn for one seed; `facts` tells both from all others."""
-
-    dense: LoadedModel
-    unit_map: UnitMap
-    calibration_set: CalibrationSet
-    facts: Mapping[str, Any]
+# No file takes as long to write.
+STALE_SECONDS = 3600
 
 
 class Workbench:
@@ -84,18 +71,15 @@ class Workbench:
     def __init__(self, out: Path, store: StoredResults, on_progress: OnProgress) -> None:
         self.out = out
         self.store = store
-        self.on_progress = on_progress
-        self.title = ""
+        self.work = Groundwork(out / "cache", on_progress)
         self.kinds: dict[str, set[UnitKind]] = {}
         self.scores = StoredScores(out / "scores", with_grams=False)
-        self._dense: tuple[str, LoadedModel, UnitMap, str] | None = None
-        self._ground: tuple[str, Ground] | None = None
-        self._tokens: dict[str, Tensor] = {}
         for name in ("scores", "plans", "cache"):
             (out / name).mkdir(exist_ok=True)
         for leftover in out.rglob(".*.tmp*"):
-            # a kill in the middle of a save leaves these behind
-            leftover.unlink(missing_ok=True)
+            # a kill in the middle of a save leaves these behind; a younger one may be another's
+            if leftover.stat().st_mtime < time.time() - STALE_SECONDS:
+                leftover.unlink()
 
     def prepare(self, recipes: Sequence[Recipe]) -> None:
         """Compute every score that takes no training, so that recipes share passes and kinds."""
@@ -105,8 +89,8 @@ class Workbench:
                 kinds |= set(recipe.prune.rules())
             self.scores.with_grams |= "omp" in (recipe.method, recipe.gates.prior)
         for recipe in recipes:
-            if recipe.method != "sequential_attention" and not self._refusal(recipe):
-                self.title = recipe.method
+            if recipe.method != SEQUENTIAL and not self._refusal(recipe):
+                self.work.title = recipe.method
                 self.plan(recipe)
         self.scores.forget_statistics()
 
@@ -116,10 +100,10 @@ class Workbench:
         A method that can't meet the budget, or whose model's NLL is not finite, gives a result
         without a figure and with the reason; that is tried anew every time.
         """
-        self.title = title
-        ground = self.ground(recipe)
+        self.work.title = title
+        ground = self.work.ground(recipe)
         task = recipe.evaluation.perplexity[0]
-        parts: dict[str, Any] = {"text": self._text_facts(recipe, ground), "window": task.window}
+        parts: dict[str, Any] = {"text": self.work.text_hash(recipe, ground), "window": task.window}
         parts |= {"max_windows": windows, "stage": stage}
         if stage == "dense":
             parts |= {name: ground.facts[name] for name in ("origin", "weights")}
@@ -131,77 +115,6 @@ class Workbench:
             result = self._measure(recipe, ground, stage, windows)
             self.store.put(key, request, parts, result)
         return result
-
-    def ground(self, recipe: Recipe) -> Ground:
-        """The dense model and the rows of a recipe."""
-        key = sources_of(recipe)
-        if self._ground is None or self._ground[0] != key:
-            self.scores.forget_statistics()
-            dense, unit_map, weights = self._load(recipe)
-            watch = self._watch(recipe)
-            folder = self._folder(f"rows-{key}")
-            calibration_set = read_calibration(recipe, dense, folder, watch)
-            facts = {
-                "origin": dense.origin,
-                "weights": weights,
-                "dtype": recipe.model.dtype,
-                "rows": calibration_set.fingerprint(),
-                "mixed_precision": recipe.training.mixed_precision,
-            }
-            self._ground = (key, Ground(dense, unit_map, calibration_set, facts))
-        return self._ground[1]
-
-    def _load(self, recipe: Recipe) -> tuple[LoadedModel, UnitMap, str]:
-        key = recipe.model.model_dump_json()
-        if self._dense is None or self._dense[0] != key:
-            self._dense = self._ground = None
-            self._tokens.clear()
-            self._tell("load the dense model", 0, 1)
-            dense = load_dense(recipe.model)
-            weights = sample_of(dense.model)
-            dense.model.to(self._watch(recipe).accelerator.device)
-            self._dense = (key, dense, map_units(dense.model), weights)
-        return self._dense[1:]
-
-    def _watch(self, recipe: Recipe) -> Watch:
-        """Who runs; every generator starts from the recipe's seed, whatever ran before."""
-        accelerator = start_accelerator(recipe.training, recipe.seed)
-        if accelerator.num_processes > 1:
-            raise InputError("compare runs in one process; start it without a launcher")
-        return Watch(accelerator, self._tell)
-
-    def _tell(self, task: str, done: int, total: int) -> None:
-        self.on_progress(f"{self.title}: {task}", done, total)
-
-    def _folder(self, name: str) -> RunFolder:
-        path = self.out / "cache" / name
-        path.mkdir(exist_ok=True)
-        return RunFolder(path)
-
-    def _text(self, recipe: Recipe, ground: Ground) -> Tensor:
-        """The token ids of the evaluation text."""
-        task = recipe.evaluation.perplexity[0]
-        key = task.model_dump_json(exclude={"window", "max_windows"})
-        if key not in self._tokens:
-            self._tokens[key] = encode(read_texts(resolve_text(task)), ground.dense.tokenizer)
-        return self._tokens[key]
-
-    def _text_facts(self, recipe: Recipe, ground: Ground) -> str:
-        return hashlib.sha256(self._text(recipe, ground).numpy().tobytes()).hexdigest()
-
-    def _found(self, recipe: Recipe, ground: Ground) -> Found:
-        """The ground with the means that the recipe's compensation leaves behind."""
-        watch = self._watch(recipe)
-        name = hash_of([dict(ground.facts), recipe.gates.prior_rows])
-        means = read_means(
-            recipe,
-            ground.dense,
-            ground.unit_map,
-            self._folder(f"means-{name}"),
-            ground.calibration_set,
-            watch,
-        )
-        return Found(ground.dense, ground.unit_map, ground.calibration_set, means)
 
     def _measure(self, recipe: Recipe, ground: Ground, stage: Stage, windows: int | None) -> Result:
         machine = environment(ground.dense.model.device, torch.float32)
@@ -220,10 +133,10 @@ class Workbench:
         try:
             perplexity = measure_perplexity(
                 model,
-                self._text(recipe, ground),
+                self.work.text(recipe, ground),
                 window=recipe.evaluation.perplexity[0].window,
                 max_windows=windows,
-                on_window=partial(self._tell, f"perplexity, {stage}"),
+                on_window=partial(self.work.tell, f"perplexity, {stage}"),
             )
         except InputError as error:
             if stage == "dense":
@@ -234,9 +147,9 @@ class Workbench:
 
     def _refusal(self, recipe: Recipe) -> str:
         """Why the method can't meet the budget on this model; empty where it can."""
-        ground = self.ground(recipe)
+        ground = self.work.ground(recipe)
         try:
-            targets = find_targets(ground.unit_map, recipe.prune.rules(), recipe.budget)
+            targets = targets_of(ground.unit_map, recipe)
             check_form(
                 ground.dense.model,
                 ground.unit_map,
@@ -250,53 +163,68 @@ class Workbench:
 
     def plan(self, recipe: Recipe) -> tuple[PrunePlan, Scored]:
         """The units that a method keeps, and the scores that it chose them by."""
-        ground = self.ground(recipe)
+        ground = self.work.ground(recipe)
         key = hash_of([dict(ground.facts), plan_parts(recipe)])
         file = self.out / "plans" / f"{recipe.method}-{key}.json"
         scored = self._score(recipe, ground, key)
         if not file.is_file():
-            targets = find_targets(ground.unit_map, recipe.prune.rules(), recipe.budget)
+            targets = targets_of(ground.unit_map, recipe)
+            if _is_by_importance(recipe):
+                trains = recipe.method == SEQUENTIAL
+                known = scored.priors if trains else scored.scores.scores
+                targets = targets_of(ground.unit_map, recipe, importances=known)
             plan = choose(scored.scores, ground.unit_map, targets)
             save_text(plan.to_json(), file)
         return PrunePlan.read(file), scored
 
     def _score(self, recipe: Recipe, ground: Ground, key: str) -> Scored:
-        found = self._found(recipe, ground)
-        watch = self._watch(recipe)
-        if recipe.method != "sequential_attention":
+        found = self.work.found(recipe, ground)
+        watch = self.work.watch(recipe)
+        if recipe.method != SEQUENTIAL:
             return self._score_once(recipe.method, recipe, found, watch)
-        stem = f"{recipe.method}-{key}"
-        folder = self._folder(f"gates-{key}")
-        learns = recipe.gates.train != "gates"
-        kept = self.scores.trained(stem)
+        priors = None
+        if reads_priors(recipe):
+            priors = self._score_once(recipe.gates.prior, recipe, found, watch)
+        file = self.scores.folder / f"{recipe.method}-{key}.json"
+        folder = self.work.folder(f"gates-{key}")
         # the weights that learned along are part of what was found
-        if kept is not None and (folder.weights.is_file() or not learns):
-            return kept
-        start, was_there = time.perf_counter(), folder.state.is_file()
-        prior_seconds, priors = 0.0, None
-        if needs_priors(recipe):
-            prior = self._score_once(recipe.gates.prior, recipe, found, watch)
-            prior_seconds, priors = prior.seconds, dict(prior.scores.scores)
-            start = time.perf_counter()
-        if learns:
-            dense = replace(ground.dense, model=copy.deepcopy(ground.dense.model))
+        learns = recipe.gates.train != "gates"
+        if file.is_file() and (folder.weights.is_file() or not learns):
+            scored = self.scores.read(file)
+        else:
+            scored = self._train(recipe, found, folder, priors, file)
+        if priors is None:
+            return scored
+        return replace(scored, priors=priors.scores.scores)
+
+    def _train(
+        self, recipe: Recipe, found: Found, folder: RunFolder, priors: Scored | None, file: Path
+    ) -> Scored:
+        """Train gates, going on from the state that a killed run left."""
+        start, was_there = time.perf_counter(), any(folder.path.glob("gates*.safetensors"))
+        known = None
+        if priors is not None:
+            # train_scores reads them from there
+            save_text(priors.scores.to_json(), folder.file("priors.json"))
+            start -= priors.seconds
+            known = priors.scores.scores
+        targets = targets_of(found.unit_map, recipe)
+        if _is_by_importance(recipe):
+            targets = targets_of(found.unit_map, recipe, importances=known)
+        pool_list = pools(found.unit_map, targets)
+        if recipe.gates.train != "gates":
+            dense = replace(found.dense, model=copy.deepcopy(found.dense.model))
             found = replace(found, dense=dense)
-        targets = find_targets(ground.unit_map, recipe.prune.rules(), recipe.budget)
-        pool_list = pools(ground.unit_map, targets)
-        watch = self._watch(recipe)
-        scores = train_scores(recipe, folder, found, pool_list, watch, priors=priors)
-        kept = self.scores.keep(
-            self.scores.folder / f"{stem}.json",
-            scores,
-            prior_seconds + time.perf_counter() - start,
-            is_partial_time=was_there,
-        )
-        folder.state.unlink(missing_ok=True)
-        return kept
+        scores = train_scores(recipe, folder, found, pool_list, self.work.watch(recipe))
+        seconds = time.perf_counter() - start
+        scored = self.scores.keep(file, scores, seconds, is_partial_time=was_there)
+        for state in folder.path.glob("gates*.safetensors"):
+            state.unlink()
+        return scored
 
     def _score_once(self, name: Any, recipe: Recipe, found: Found, watch: Watch) -> Scored:
         kinds = self.kinds.get(sources_of(recipe, with_seed=False), set())
-        facts = self.ground(recipe).facts
+        facts = self.work.ground(recipe).facts
         return self.scores.once(name, recipe, found, watch, facts=facts, all_kinds=kinds)
 
     def _make(self, recipe: Recipe, ground: Ground, stage: Stage) -> tuple[PreTrainedModel, Result]:
@@ -304,7 +232,7 @@ class Workbench:
         plan, scored = self.plan(recipe)
         if stage != "compensated":
             self.scores.forget_statistics()
-        found = self._found(recipe, ground)
+        found = self.work.found(recipe, ground)
         seconds = {"scores": scored.seconds}
         start = time.perf_counter()
         calibrated = self._calibrated(recipe, ground)
@@ -330,11 +258,11 @@ class Workbench:
 
     def _calibrated(self, recipe: Recipe, ground: Ground) -> PreTrainedModel:
         """The dense model, with the weights that learned along with the gates."""
-        if recipe.method != "sequential_attention" or recipe.gates.train == "gates":
+        if recipe.method != SEQUENTIAL or recipe.gates.train == "gates":
             return ground.dense.model
         model = copy.deepcopy(ground.dense.model)
         key = hash_of([dict(ground.facts), plan_parts(recipe)])
-        load_weights(model, self._folder(f"gates-{key}").weights)
+        load_weights(model, self.work.folder(f"gates-{key}").weights)
         return model
 
     def _refit(
@@ -351,7 +279,7 @@ class Workbench:
             plan,
             batches=even_batches(found.calibration_set.rows[: refit.num_rows]),
             ridge=refit.ridge,
-            on_layer=partial(self._tell, "refit"),
+            on_layer=partial(self.work.tell, "refit"),
         )
         return {"refit": time.perf_counter() - start}
 
@@ -359,15 +287,15 @@ class Workbench:
         self, pruned: PreTrainedModel, recipe: Recipe, found: Found, plan: PrunePlan
     ) -> dict[str, float]:
         """Train a cut model after its refit, or take the weights that are kept; in place."""
-        parts = [dict(self.ground(recipe).facts), stage_parts(recipe, "recovered")]
-        folder = self._folder(f"recovered-{hash_of(parts)}")
+        parts = [dict(self.work.ground(recipe).facts), stage_parts(recipe, "recovered")]
+        folder = self.work.folder(f"recovered-{hash_of(parts)}")
         notes = folder.file("seconds.json")
         if folder.weights.is_file() and notes.is_file():
             load_weights(pruned, folder.weights)
             return dict(json.loads(notes.read_text(encoding="utf-8")))
         seconds = self._refit(pruned, recipe, found, plan)
         start = time.perf_counter()
-        watch = self._watch(recipe)
+        watch = self.work.watch(recipe)
         recover(
             pruned,
             found.calibration_set,
@@ -382,3 +310,9 @@ class Workbench:
         save_tensors(weights, folder.weights, {"of": "recovered model"})
         save_text(json.dumps(seconds), notes)
         return seconds
+
+
+def _is_by_importance(recipe: Recipe) -> bool:
+    """Whether counts come from importances before units are chosen: layers are tied."""
+    is_asked = recipe.budget is not None and recipe.budget.allocation == "importance"
+    return is_asked and recipe.export.format == "uniform"

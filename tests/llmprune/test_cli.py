@@ -106,7 +106,7 @@ def test_help_answers_without_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment()
     )
     assert child.returncode == 0, child.stderr
-    for command in ("inspect", "prune", "verify", "eval", "bench"):
+    for command in ("inspect", "prune", "plan", "verify", "eval", "bench"):
         assert command in child.stdout
     # 0.5 s alone on two cores
     assert time.perf_counter() - start < 4
@@ -198,6 +198,26 @@ def test_a_run_leaves_a_verified_model_that_every_command_takes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["uniform", "per_layer"])
+def test_a_compensated_run_cuts_what_the_gates_computed_and_keeps_biases(
+    monkeypatch, recipe_file, tmp_path, form
+):
+    out = tmp_path / "run"
+    options = ["--set", "compensation=mean", "--set", f"export.format={form}"]
+    assert call(monkeypatch, "prune", recipe_file, "--out", out, *options) == 0
+    verification = json.loads((out / "verification.json").read_text())
+    assert verification["reference"] == "gated"
+    assert verification["passed"]
+    biases = {
+        n: v for n, v in load_file(out / "model" / "model.safetensors").items() if "bias" in n
+    }
+    assert any("down_proj.bias" in name and value.abs().max() > 0 for name, value in biases.items())
+    # without compensation the same plan leaves none
+    plain = tmp_path / "plain"
+    assert call(monkeypatch, "prune", recipe_file, "--out", plain) == 0
+    assert not any("bias" in n for n in load_file(plain / "model" / "model.safetensors"))
+
+
 def test_a_plan_written_by_hand_is_cut(monkeypatch, capfd, recipe_file, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert call(monkeypatch, "prune", recipe_file, "--out", first) == 0
@@ -209,6 +229,114 @@ def test_a_plan_written_by_hand_is_cut(monkeypatch, capfd, recipe_file, tmp_path
     assert call(monkeypatch, "prune", recipe_file, "--out", second, "--resume") == 0
     assert json.loads((second / "model" / "config.json").read_text())["intermediate_size"] == 7
     assert not (second / "scores.json").exists()
+
+
+# another budget from the same scores
+
+
+@pytest.fixture
+def scored(recipe_file, tmp_path, monkeypatch):
+    """A run that has its scores, of heads and channels under a budget, and nothing after them."""
+    folder = tmp_path / "scored"
+    arguments = ["--set", "prune.mlp_channels.sparsity=null", "--set", "budget.sparsity=0.2"]
+    arguments += ["--set", "prune.heads.sparsity=null", "--set", "budget.tolerance=0.05"]
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llmprune.pipeline.choose", stop)
+        assert call(patched, "prune", recipe_file, "--out", folder, *arguments) == 130
+    assert {file.name for file in folder.iterdir()} == {"recipe.yaml", "scores.json", "log.jsonl"}
+    return folder
+
+
+@pytest.mark.slow
+def test_a_new_plan_from_the_scores_of_a_run_is_cut(monkeypatch, capfd, scored, tmp_path):
+    out = tmp_path / "other"
+    before = (scored / "recipe.yaml").read_bytes()
+    shown = ("--budget", "sparsity=0.5", "--budget", "of=flops", "--out", out)
+    assert call(monkeypatch, "plan", scored, *shown) == 0
+    assert "MLP channels a layer" in capfd.readouterr().out
+    assert {file.name for file in out.iterdir()} == {"recipe.yaml", "scores.json", "plan.json"}
+    assert (scored / "recipe.yaml").read_bytes() == before
+    recipe = Recipe.read(out / "recipe.yaml")
+    assert (recipe.budget.sparsity, recipe.budget.of) == (0.5, "flops")
+    assert call(monkeypatch, "prune", out / "recipe.yaml", "--out", out, "--resume") == 0
+    size = json.loads((out / "model" / "config.json").read_text())["intermediate_size"]
+    plan = PrunePlan.read(out / "plan.json")
+    assert size == len(plan.kept["layers.0.mlp_channels"]) < 24
+    line = refusal(monkeypatch, capfd, "plan", out, "--budget", "sparsity=0.2")
+    assert "name a new folder with --out" in line
+
+
+def test_a_plan_in_place_replaces_recipe_and_plan(monkeypatch, scored):
+    assert call(monkeypatch, "plan", scored, "--budget", "sparsity=0.4") == 0
+    first = PrunePlan.read(scored / "plan.json")
+    assert call(monkeypatch, "plan", scored, "--budget", "sparsity=0.2") == 0
+    again = PrunePlan.read(scored / "plan.json")
+    assert Recipe.read(scored / "recipe.yaml").budget.sparsity == 0.2
+    name = "layers.0.mlp_channels"
+    assert set(first.kept[name]) < set(again.kept[name])
+
+
+def test_a_new_plan_needs_no_weights(monkeypatch, scored, tiny_folder):
+    (tiny_folder / "model.safetensors").unlink()
+    assert call(monkeypatch, "plan", scored, "--budget", "sparsity=0.3") == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("sparsity", "--budget takes dotted.key=value, got 'sparsity'"),
+        ("sparsty=0.5", "unknown key budget.sparsty"),
+        ("sparsity=1.5", "budget.sparsity"),
+        ("sparsity=0.99", "budget: sparsity 0.99 of decoder_parameters must be met"),
+        ("allocation=importance", "scores: must be importances"),
+    ],
+)
+def test_a_wrong_budget_is_refused_and_changes_nothing(
+    monkeypatch, capfd, scored, tmp_path, budget, message
+):
+    before = {file.name: file.read_bytes() for file in scored.iterdir()}
+    for options in ((), ("--out", tmp_path / "other")):
+        line = refusal(monkeypatch, capfd, "plan", scored, "--budget", budget, *options)
+        assert message in line
+    assert not (tmp_path / "other").exists()
+    assert {file.name: file.read_bytes() for file in scored.iterdir()} == before
+
+
+def test_a_plan_needs_scores(monkeypatch, capfd, scored):
+    (scored / "scores.json").unlink()
+    line = refusal(monkeypatch, capfd, "plan", scored, "--budget", "sparsity=0.3")
+    assert "must hold scores.json to plan from" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["uniform", "per_layer"])
+@pytest.mark.parametrize("method", ["sequential_attention", "magnitude"])
+def test_importances_decide_over_the_budget_and_a_new_plan_agrees(
+    monkeypatch, recipe_file, tmp_path, method, form
+):
+    out = tmp_path / "out"
+    settings = {
+        "prune.mlp_channels.sparsity": "null",
+        "prune.heads.sparsity": "null",
+        "budget": "{sparsity: 0.3, allocation: importance, tolerance: 0.05}",
+        "method": method,
+        "export.format": form,
+    }
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    assert call(monkeypatch, "prune", recipe_file, "--out", out, *options) == 0
+    plan = PrunePlan.read(out / "plan.json")
+    report = json.loads((out / "report.json").read_text())
+    kept = report["pruned"]["decoder_parameters"] / report["dense"]["decoder_parameters"]
+    assert 0.65 <= kept <= 0.7
+    again = tmp_path / "again"
+    arguments = ("--budget", "sparsity=0.3", "--out", again)
+    assert call(monkeypatch, "plan", out, *arguments) == 0
+    if method == "magnitude" or form == "per_layer":
+        assert PrunePlan.read(again / "plan.json") == plan
 
 
 # what a user can get wrong

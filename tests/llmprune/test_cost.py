@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmprune import cost
-from llmprune.cost import measure_cost
+from llmprune.cost import CountedCost, measure_cost, total_cost
 from llmprune.recipe import UNIT_KINDS
 from llmprune.surgery import cut
 from llmprune.units import map_units
@@ -73,3 +73,20 @@ def test_kv_bytes_are_those_of_a_16_bit_cache(family):
         layers = [layer for layer in cache.layers if layer.is_initialized]
         taken = sum(t.numel() * 2 for layer in layers for t in (layer.keys, layer.values))
         assert measure_cost(unit_map, plan.widths(unit_map)).kv_bytes * LENGTH == taken
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    family=st.sampled_from(FAMILIES),
+    ratio=st.sampled_from([1, 2, 3]),
+    tied=st.booleans(),
+    kinds=st.sets(st.sampled_from(UNIT_KINDS)),
+    of=st.sampled_from(["parameters", "decoder_parameters", "flops", "kv_bytes"]),
+    seed=st.integers(0, 1000),
+)
+def test_the_sum_over_sublayers_is_the_cost(family, ratio, tied, kinds, of, seed):
+    model = tiny_model(family, ratio=ratio, tied=tied, biased=seed % 2 == 0)
+    unit_map = map_units(model)
+    widths = plan_for(model, kinds, differ=True, seed=seed).widths(unit_map)
+    summed = total_cost(CountedCost(unit_map, of), widths)
+    assert summed == getattr(measure_cost(unit_map, widths), of)

@@ -12,14 +12,9 @@ from llmprune.cost import measure_cost
 from llmprune.errors import InputError
 from llmprune.recipe import UNIT_KINDS, Budget, KindRule
 from llmprune.scores import UnitScores
-from llmprune.selection import (
-    Targets,
-    choose,
-    find_targets,
-    pools,
-    target_widths,
-)
+from llmprune.selection import choose, pools
 from llmprune.surgery import cut
+from llmprune.targets import Targets, find_targets, target_widths
 from llmprune.units import map_units
 from tests.llmprune.tiny import plan_for, tiny_model
 

@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from llmprune.calibration import CalibrationSet
+from llmprune.cost import measure_cost
 from llmprune.errors import InputError
 from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
+from llmprune.scores import UnitScores
 from llmprune.scoring import score_units
-from llmprune.selection import choose, find_targets, pools
+from llmprune.selection import choose, pools
 from llmprune.surgery import cut
+from llmprune.targets import targets_of
 from llmprune.trained_weights import TrainedWeights
 from llmprune.training import (
     Batches,
@@ -66,7 +69,7 @@ class Trained:
         rows = rows or calibration()
         accelerator = start_accelerator(recipe.training, recipe.seed)
         self.unit_map = map_units(model)
-        self.targets = find_targets(self.unit_map, recipe.prune.rules(), None)
+        self.targets = targets_of(self.unit_map, recipe)
         kinds = tuple(recipe.prune.rules())
         priors = None
         if recipe.gates.prior != "none":
@@ -543,3 +546,94 @@ def test_two_processes_find_the_plan_that_one_finds(variant, train_what, tmp_pat
         assert other.kept == plan.kept
         for name, scale in plan.scale.items():
             assert other.scale[name] == pytest.approx(scale, rel=1e-3)
+
+
+def test_where_importance_decides_units_of_all_layers_share_a_budget():
+    model = tiny_model("llama", layers=2).float()
+    recipe = Recipe.parse(
+        {
+            "model": {"source": "none"},
+            "prune": {"heads": {}, "mlp_channels": {}},
+            "budget": {"sparsity": 0.3, "allocation": "importance", "tolerance": 0.05},
+            "gates": {"steps": 6, "batch_size": 2},
+            "export": {"format": "per_layer"},
+        }
+    )
+    trained = Trained(model, recipe)
+    assert [pool.costs is None for pool in trained.pools] == [False]
+    assert all(float(values.min()) >= 0 for values in trained.scores.scores.values())
+    plan = trained.plan
+    plan.validate(trained.unit_map)
+    dense = measure_cost(trained.unit_map).decoder_parameters
+    reached = measure_cost(trained.unit_map, plan.widths(trained.unit_map)).decoder_parameters
+    assert 0.65 * dense <= reached <= 0.7 * dense
+    trained.finish()
+
+
+# several seeds
+
+
+def trained_on(index, **gates):
+    """What one of two seeds learns alone."""
+    # a prior that does not mind the order of the rows
+    gates = {"prior": "activation", "steps": 6, **gates}
+    recipe = default_recipe({"mlp_channels": {"sparsity": 0.4}}, **gates)
+    return Trained(tiny_model("llama").float(), recipe, calibration().reordered(index))
+
+
+def test_the_logits_of_two_seeds_are_averaged_and_their_agreement_is_kept():
+    both = trained_on(0, seeds=2)
+    one, two = trained_on(0), trained_on(1)
+    for name, score in both.scores.scores.items():
+        mean = (one.scores.scores[name] + two.scores.scores[name]) / 2
+        torch.testing.assert_close(score, mean)
+    assert not equal_scores(one.scores, two.scores)
+    assert set(both.scores.agreement) == {"rank_correlation", "chance"}
+    assert one.scores.agreement == {}
+    again = UnitScores.from_json(both.scores.to_json())
+    assert again.agreement == both.scores.agreement
+
+
+def test_seeds_that_agree_no_more_than_chance_are_warned_of(monkeypatch):
+    monkeypatch.setattr("llmprune.training.rank_correlation", lambda first, second: -0.01)
+    with pytest.warns(UserWarning, match="no more than chance"):
+        trained_on(0, seeds=2)
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_a_killed_run_of_two_seeds_goes_on_where_it_was(tmp_path, stop):
+    recipe = default_recipe({"mlp_channels": {"sparsity": 0.4}}, steps=6, seeds=2)
+    often = recipe.training.model_copy(update={"save_every": 1})
+    recipe = recipe.model_copy(update={"training": often})
+    whole = Trained(tiny_model("llama").float(), recipe)
+    file = tmp_path / "gates.safetensors"
+    calls = {"left": stop}
+    once = Batches.train_step
+
+    def stopping(self, *args, **options):
+        if calls["left"] == 0:
+            raise KeyboardInterrupt
+        calls["left"] -= 1
+        return once(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "train_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            Trained(tiny_model("llama").float(), recipe, state_file=file)
+    done = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Batches, "train_step", lambda self, *a, **o: done.append(1) or once(self, *a, **o)
+        )
+        resumed = Trained(tiny_model("llama").float(), recipe, state_file=file)
+    assert equal_scores(resumed.scores, whole.scores)
+    assert len(done) == 12 - stop
+
+
+def test_rows_in_another_order_are_the_same_rows():
+    rows = calibration()
+    other = rows.reordered(3)
+    assert torch.equal(rows.reordered(0).rows, rows.rows)
+    assert torch.equal(other.rows, rows.reordered(3).rows)
+    assert not torch.equal(other.rows, rows.rows)
+    assert sorted(other.rows.tolist()) == sorted(rows.rows.tolist())

@@ -201,6 +201,20 @@ def test_a_method_that_can_not_meet_the_budget_has_a_row_with_the_reason(recipe,
     assert re.search(r"whole layers: no figure: .*must be met within", found.to_markdown())
 
 
+@pytest.mark.parametrize("form", ["uniform", "per_layer"])
+def test_budgets_by_importance_are_met_by_every_method(recipe, tmp_path, form):
+    data = recipe.model_dump(mode="json")
+    data["budget"] |= {"allocation": "importance"}
+    methods = ("sequential_attention", "wanda", "gradual_magnitude")
+    one = Recipe.parse(data | {"export": {"format": form}})
+    found = compare({"one": one}, tmp_path / "out", methods, extent=Extent(refit="none"))
+    rows = {row.method: row for row in found.blocks[0].rows}
+    if form == "uniform":
+        assert "needs gates.prior, got none" in rows.pop("gradual_magnitude").result.refused
+    for row in rows.values():
+        assert row.result.removed == pytest.approx(0.25, abs=0.05), row.method
+
+
 def test_without_matplotlib_the_table_is_written_all_the_same(
     recipe, tmp_path, monkeypatch, caplog
 ):
@@ -220,7 +234,7 @@ def test_what_a_user_gets_wrong_is_refused(recipe, tmp_path):
     with pytest.raises(InputError, match="--seeds must be at least 1, got 0"):
         Extent(seeds=0)
     without = recipe.model_copy(update={"budget": None})
-    with pytest.raises(InputError, match="one: a comparison needs a budget"):
+    with pytest.raises(InputError, match=r"one: a comparison needs budget\.sparsity"):
         compare({"one": without}, tmp_path / "out")
     still = recipe.model_copy(update={"recovery": recipe.recovery.model_copy(update={"steps": 0})})
     with pytest.raises(InputError, match=r"needs recovery.steps above 0"):

@@ -1,0 +1,97 @@
+"""Another plan from the scores of a run: a new budget, and no training."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmprune.cost import Cost, measure_cost
+from llmprune.cut_config import check_form
+from llmprune.errors import InputError
+from llmprune.estimate import meta_model
+from llmprune.files import replacing, save_text
+from llmprune.overrides import apply_override
+from llmprune.plan import PrunePlan
+from llmprune.recipe import BUDGET_GOALS, Recipe
+from llmprune.run_folder import RunFolder
+from llmprune.selection import choose
+from llmprune.targets import targets_of
+from llmprune.units import UnitMap, Widths, map_units
+
+# What a cut needs of the calibration, where it is there.
+CARRIED = ("scores.json", "calibration.safetensors", "weights.safetensors")
+
+
+@dataclass(frozen=True)
+class Replanned:
+    """A new plan, the folder that it is in, and what it leaves of the model."""
+
+    folder: Path
+    unit_map: UnitMap
+    plan: PrunePlan
+    widths: Widths
+    dense: Cost
+    pruned: Cost
+
+
+def replan(folder: str | Path, budget: Sequence[str], out: str | Path | None = None) -> Replanned:
+    """Choose again for another budget; of the model only its config is read.
+
+    Args:
+        folder: A run's folder, with scores.json.
+        budget: `key=value` pairs that change the recipe's budget; one of its goals (sparsity,
+            latency, latency_ms) takes the place of another.
+        out: A new or empty folder, which gets the recipe with the new budget, the scores and the
+            plan, so that `prune` with `resume` goes on to the cut there. None: `folder` itself,
+            which must hold no model yet.
+
+    Raises:
+        InputError: There are no scores, or a budget that can't be met; nothing is written then.
+    """
+    run = RunFolder(Path(folder))
+    recipe = _with_budget(run, budget)
+    scores = run.read_scores()
+    if scores is None:
+        raise InputError(
+            f"{run.path}: must hold scores.json to plan from; run prune --resume first"
+        )
+    if out is None and run.model.exists():
+        raise InputError(
+            f"{run.path}: already holds a model that its plan gave; name a new folder with --out"
+        )
+    model = meta_model(recipe.model)
+    unit_map = map_units(model)
+    targets = targets_of(unit_map, recipe, importances=scores.scores)
+    plan = choose(scores, unit_map, targets)
+    widths = plan.widths(unit_map)
+    check_form(model, unit_map, widths, recipe.export.format)
+    target = run if out is None else RunFolder.begin(Path(out), recipe, resume=False)
+    if out is None:
+        # never a plan beside a budget that it is not for
+        run.file("plan.json").unlink(missing_ok=True)
+        save_text(recipe.to_yaml(), run.file("recipe.yaml"))
+    else:
+        for name in (name for name in CARRIED if run.file(name).is_file()):
+            with replacing(target.file(name)) as temporary:
+                shutil.copyfile(run.file(name), temporary)
+    save_text(plan.to_json(), target.file("plan.json"))
+    return Replanned(
+        target.path,
+        unit_map,
+        plan,
+        widths,
+        dense=measure_cost(unit_map),
+        pruned=measure_cost(unit_map, widths),
+    )
+
+
+def _with_budget(run: RunFolder, budget: Sequence[str]) -> Recipe:
+    data = run.read_recipe().model_dump(mode="json")
+    data["budget"] = data["budget"] or {}
+    if any(pair.partition("=")[0] in BUDGET_GOALS for pair in budget):
+        data["budget"] = {k: v for k, v in data["budget"].items() if k not in BUDGET_GOALS}
+    for pair in budget:
+        apply_override(data["budget"], pair, option="--budget")
+    return Recipe.parse(data, name=str(run.file("recipe.yaml")))
