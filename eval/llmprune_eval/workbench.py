@@ -89,8 +89,8 @@ class Workbench:
                 kinds |= set(recipe.prune.rules())
             self.scores.with_grams |= "omp" in (recipe.method, recipe.gates.prior)
         for recipe in recipes:
+            self.work.title = f"scores, {recipe.method}"
             if recipe.method != SEQUENTIAL and not self._refusal(recipe):
-                self.work.title = recipe.method
                 self.plan(recipe)
         self.scores.forget_statistics()
 

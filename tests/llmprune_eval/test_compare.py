@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llmprune import cli
 from llmprune.errors import InputError
 from llmprune.recipe import Recipe
 from llmprune_eval import compare as module
@@ -240,6 +242,25 @@ def test_what_a_user_gets_wrong_is_refused(recipe, tmp_path):
     with pytest.raises(InputError, match=r"needs recovery.steps above 0"):
         compare({"one": still}, tmp_path / "out", extent=Extent(recover="best:1"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_writes_a_report_without_paths(recipe, tmp_path, monkeypatch):
+    file = tmp_path / "one.yaml"
+    file.write_text(recipe.to_yaml())
+    out = tmp_path / "out"
+    words = ["llmprune", "compare", str(file), "--out", str(out), "--methods", "magnitude,random"]
+    monkeypatch.setattr(sys, "argv", [*words, "--refit", "none"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    text = (out / "comparison.md").read_text()
+    command = "llmprune compare one.yaml --out out --methods magnitude,random --refit none"
+    assert f"```\n{command}\n```" in text
+    assert str(tmp_path) not in text + (out / "comparison.json").read_text()
+    monkeypatch.setattr(sys, "argv", [*words, "--refit", "some"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
 
 
 def test_controls_change_only_their_gates(recipe):
