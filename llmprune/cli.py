@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -183,6 +184,62 @@ def bench(
             raise InputError(f"--{name} must be at least {least}, got {value}")
     task = SpeedTask(batch_size=batch_size, context=context, new_tokens=new_tokens, rounds=rounds)
     _measure(folder, _recipe_of(folder), json=json, perplexity=(), speed=task)
+
+
+@app.command()
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes, a block of the table each.")],
+    out: Annotated[Path, typer.Option(help="Folder of results; what it holds is not redone.")],
+    methods: Annotated[str, typer.Option(help="all, or names with commas.")] = "all",
+    seeds: Annotated[int, typer.Option(help="Seeds of SA++ and the two best baselines.")] = 1,
+    refit: Annotated[str, typer.Option(help="Who is refitted: all, best:N, none.")] = "all",
+    recover: Annotated[str, typer.Option(help="Who is trained then: all, best:N, none.")] = "none",
+    max_windows: Annotated[
+        int | None, typer.Option(help="Windows of the text; default the recipe's.")
+    ] = None,
+    final_windows: Annotated[
+        int | None, typer.Option(help="Windows of a last measurement of the best; 0: all.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Compute nothing; show what is there.")
+    ] = False,
+) -> None:
+    """Compare methods on recipes: same budget, cut, refit, recovery and text for all."""
+    from llmprune.recipe import Recipe
+
+    read = {recipe.stem: Recipe.read(recipe) for recipe in recipes}
+    if len(read) < len(recipes):
+        raise InputError("recipes of a comparison must have different file names")
+    from llmprune.display import progress_bars
+    from llmprune_eval.compare import Extent
+    from llmprune_eval.compare import compare as run
+
+    _quieten_transformers()
+    extent = Extent(seeds, refit, recover, max_windows, final_windows)
+    with progress_bars(console) as on_progress:
+        run(
+            read,
+            out,
+            None if methods == "all" else methods.split(","),
+            extent=extent,
+            report_only=report_only,
+            on_progress=on_progress,
+            command=_command_line(),
+        )
+    console.print(f"wrote {out / 'comparison.md'}", soft_wrap=True)
+
+
+def _command_line() -> str:
+    """The command as it was given; of a path outside the working folder only its name."""
+    words = ["llmprune"]
+    for word in sys.argv[1:]:
+        path = Path(word)
+        if path.is_absolute():
+            inside = path.is_relative_to(Path.cwd())
+            word = str(path.relative_to(Path.cwd())) if inside else path.name
+        if word != "--report-only":
+            words.append(word)
+    return shlex.join(words)
 
 
 def _measure(folder: Path, recipe: Recipe, *, json: bool, perplexity, speed) -> None:  # type: ignore[no-untyped-def]

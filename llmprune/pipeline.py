@@ -248,7 +248,7 @@ def _score(
 ) -> UnitScores:
     """Score every unit as `recipe.method` says, and save scores.json."""
     if recipe.method == "sequential_attention":
-        scores = _train(recipe, folder, found, pool_list, watch)
+        scores = train_scores(recipe, folder, found, pool_list, watch)
     else:
         scores = UnitScores(_once(recipe.method, recipe, found, watch))
     if watch.accelerator.is_main_process:
@@ -293,7 +293,7 @@ def _priors(
     return priors
 
 
-def _train(
+def train_scores(
     recipe: Recipe, folder: RunFolder, found: Found, pool_list: list[Pool], watch: Watch
 ) -> UnitScores:
     """Attach gates and train them; saves the weights that learned along."""

@@ -106,7 +106,7 @@ def test_help_answers_without_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment()
     )
     assert child.returncode == 0, child.stderr
-    for command in ("inspect", "prune", "plan", "verify", "eval", "bench"):
+    for command in ("inspect", "prune", "plan", "verify", "eval", "bench", "compare"):
         assert command in child.stdout
     # 0.5 s alone on two cores
     assert time.perf_counter() - start < 4

@@ -1,0 +1,91 @@
+"""CONTENDERS: every method and control of a comparison, and what of a recipe each changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from llmprune.errors import InputError
+from llmprune.recipe import Method, Recipe
+
+SEQUENTIAL: Method = "sequential_attention"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method of a comparison: what it is called, and what of a recipe it changes.
+
+    Attributes:
+        label: For tables.
+        changes: The recipe as a mapping -> the same with the method in it.
+        is_control: A form of SequentialAttention++ with a part taken out, no method of its own.
+    """
+
+    label: str
+    changes: Callable[[dict[str, Any]], dict[str, Any]]
+    is_control: bool = False
+
+
+def _named(method: Method) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda recipe: recipe | {"method": method}
+
+
+def _gates(**changes: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda recipe: recipe | {"method": SEQUENTIAL, "gates": recipe["gates"] | changes}
+
+
+def _whole_layers(recipe: dict[str, Any]) -> dict[str, Any]:
+    """ShortGPT removes layers, so it meets the budget as nearly as whole layers can."""
+    budget = {key: recipe["budget"][key] for key in ("sparsity", "of")}
+    return recipe | {
+        "method": "block_influence",
+        "prune": {"layers": {}},
+        "budget": budget | {"tolerance": 0.02},
+        "export": recipe["export"] | {"format": "uniform"},
+    }
+
+
+CONTENDERS: Mapping[str, Contender] = {
+    "sequential_attention": Contender("SequentialAttention++", _named(SEQUENTIAL)),
+    "random": Contender("random", _named("random")),
+    "magnitude": Contender("magnitude", _named("magnitude")),
+    "wanda": Contender("Wanda, structured", _named("wanda")),
+    "flap": Contender("FLAP", _named("flap")),
+    "taylor": Contender("Taylor (LLM-Pruner)", _named("taylor")),
+    "taylor_squared": Contender("squared Taylor", _named("taylor_squared")),
+    "block_influence": Contender("block influence (ShortGPT), whole layers", _whole_layers),
+    "omp": Contender("group OMP, backward", _named("omp")),
+    "gradual_magnitude": Contender(
+        "control: gradual magnitude, weights train",
+        _gates(variant="magnitude", train="all", prior="none"),
+        is_control=True,
+    ),
+    "without_gradual_phase": Contender(
+        "control: SA++ without the gradual phase",
+        _gates(curve="at_once"),
+        is_control=True,
+    ),
+}
+assert set(get_args(Method)) <= set(CONTENDERS)
+
+
+def check_methods(methods: Iterable[str] | None) -> tuple[str, ...]:
+    """The methods in the order of `CONTENDERS`.
+
+    Raises:
+        InputError: There is no method of that name, or none at all.
+    """
+    wanted = list(CONTENDERS) if methods is None else list(methods)
+    for name in wanted:
+        if name not in CONTENDERS:
+            known = ", ".join(CONTENDERS)
+            raise InputError(f"--methods must be all or some of {known}, got {name!r}")
+    if not wanted:
+        raise InputError("--methods must name at least one method")
+    return tuple(name for name in CONTENDERS if name in wanted)
+
+
+def variant(recipe: Recipe, method: str) -> Recipe:
+    """The recipe with a method in it."""
+    return Recipe.parse(CONTENDERS[method].changes(recipe.model_dump(mode="json")), name=method)
