@@ -77,8 +77,9 @@ def prune(
     if dry_run:
         from llmprune.display import estimate_table
         from llmprune.estimate import estimate_run
+        from llmprune_eval.speed import phase_ms
 
-        console.print(estimate_table(estimate_run(read)))
+        console.print(estimate_table(estimate_run(read, measure=phase_ms)))
         return
     from llmprune.display import progress_bars
     from llmprune.pipeline import prune as run
@@ -112,9 +113,10 @@ def plan(
     """Choose again for another budget from the scores of a run; trains nothing."""
     from llmprune.display import plan_table
     from llmprune.replanning import replan
+    from llmprune_eval.speed import phase_ms
 
     _quieten_transformers()
-    found = replan(folder, budget, out)
+    found = replan(folder, budget, out, measure=phase_ms)
     console.print(plan_table(found))
     recipe = found.folder / "recipe.yaml"
     console.print(

@@ -21,6 +21,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from llmprune.cost import Cost
     from llmprune.estimate import Estimate
+    from llmprune.latency import Promise
     from llmprune.pipeline import OnProgress
     from llmprune.replanning import Replanned
     from llmprune.units import UnitMap
@@ -155,7 +156,7 @@ def estimate_table(estimate: Estimate) -> Table:
         unit = " per KV group" if kind == "heads" and dense != count and _grouped(estimate) else ""
         mean = " (mean)" if kind in estimate.targets.across else ""
         table.add_row(f"{kind}{unit}{mean}", f"{dense:,}", f"{count:,}", f"{count / dense:.3f}")
-    _add_costs(table, estimate.dense, estimate.pruned)
+    _add_costs(table, estimate.dense, estimate.pruned, estimate.promise)
     table.add_section()
     table.add_row("memory, about", "", f"{estimate.peak_bytes / 2**30:.1f} GiB", "")
     table.add_row("time, about", "", f"{estimate.seconds / 60:.0f} min", "")
@@ -182,15 +183,20 @@ def plan_table(found: Replanned) -> Table:
         ]
         table.add_row(label, *(_span(column) for column in counts))
     table.add_section()
-    _add_costs(table, found.dense, found.pruned)
+    _add_costs(table, found.dense, found.pruned, found.promise)
     return table
 
 
-def _add_costs(table: Table, dense: Cost, pruned: Cost) -> None:
+def _add_costs(table: Table, dense: Cost, pruned: Cost, promise: Promise | None) -> None:
     for name in ("parameters", "decoder_parameters", "flops", "kv_bytes"):
         before, after = getattr(dense, name), getattr(pruned, name)
         label = {"flops": "FLOPs a token", "kv_bytes": "KV bytes a token"}.get(name, name)
         table.add_row(label.replace("_", " "), f"{before:,}", f"{after:,}", f"{after / before:.4f}")
+    if promise is not None:
+        budget = promise.budget
+        label = f"{budget.phase} of {budget.batch_size} x {budget.context} tokens"
+        cells = f"{promise.dense_ms:.1f} ms", f"{promise.pruned_ms:.1f} ms"
+        table.add_row(label, *cells, f"{promise.pruned_ms / promise.dense_ms:.4f}")
 
 
 def _span(counts: list[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from llmprune.architectures import architecture_of
 from llmprune.cost import Cost, measure_cost
 from llmprune.cut_config import check_form
+from llmprune.latency import Measure, Promise, table_for
 from llmprune.precision import faster_precision
 from llmprune.recipe import ModelSource, Recipe
 from llmprune.self_generated import SELF_GENERATED
@@ -48,6 +50,7 @@ class Estimate:
         pruned: Cost after.
         peak_bytes: Memory of the largest stage: weights, optimizer, activations.
         seconds: Wall time on this machine, by its measured matmul rate.
+        promise: Of a latency budget: what its phase takes, by a table measured here.
     """
 
     unit_map: UnitMap
@@ -56,6 +59,7 @@ class Estimate:
     pruned: Cost
     peak_bytes: int
     seconds: float
+    promise: Promise | None = None
 
 
 def meta_model(source: ModelSource) -> PreTrainedModel:
@@ -72,15 +76,31 @@ def meta_model(source: ModelSource) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def estimate_run(recipe: Recipe) -> Estimate:
+def random_model(source: ModelSource) -> PreTrainedModel:
+    """The model with random weights, to time, where a run would have it; errors as `meta_model`."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(source)
+    architecture_of(config.model_type)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, source.dtype))
+
+
+def estimate_run(recipe: Recipe, *, measure: Measure) -> Estimate:
     """Plan a run without its weights; trains nothing.
+
+    Args:
+        recipe: The run's.
+        measure: Times models, where the budget is a latency.
 
     Raises:
         InputError: What `prune` would refuse before training.
     """
     model = meta_model(recipe.model)
     unit_map = map_units(model)
-    targets = targets_of(unit_map, recipe)
+    random = partial(random_model, recipe.model)
+    latency = table_for(None, random, unit_map, recipe, measure=measure)
+    targets = targets_of(unit_map, recipe, latency=latency)
     widths = target_widths(unit_map, targets.counts)
     check_form(model, unit_map, widths, recipe.export.format)
     dense, pruned = measure_cost(unit_map), measure_cost(unit_map, widths)
@@ -92,6 +112,7 @@ def estimate_run(recipe: Recipe) -> Estimate:
         peak_bytes=_peak_bytes(recipe, unit_map, dense, pruned, model.config.vocab_size),
         seconds=FIXED_SECONDS
         + _flops(recipe, unit_map, dense, pruned) / (EFFICIENCY * matmul_rate()),
+        promise=None if latency is None else latency.promise(recipe, widths),
     )
 
 

@@ -208,14 +208,14 @@ class _Elimination:
         rows = slice(position * self.width, (position + 1) * self.width)
         waiting = self.waiting[:, : self.num_waiting]
         columns = self.matrix[rows].T - waiting @ waiting[rows].T
-        factor = torch.linalg.cholesky(self.blocks[position])
+        factor = _cholesky(self.blocks[position])
         step = torch.linalg.solve_triangular(factor, columns.T, upper=False).T
         lead = torch.linalg.solve_triangular(factor, self.values[rows], upper=False)
         self.values.addmm_(step, lead, alpha=-1)
         parts = step.reshape(-1, self.width, self.width)
         self.blocks.baddbmm_(parts, parts.mT, alpha=-1)
-        # what is left of the unit's own block is rounding errors, which have no root
-        self.blocks[position] = torch.eye(self.width).to(self.blocks)
+        # what rounding leaves of its own block has no Cholesky factor
+        self.blocks[position] = torch.eye(self.width, device=parts.device)
         self.waiting[:, self.num_waiting : self.num_waiting + self.width] = step
         self.num_waiting += self.width
         self.alive[unit] = False
@@ -251,11 +251,12 @@ def _prepare(
     return pulled, weights.double().contiguous()
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if info:
-        raise ValueError(f"gram must be positive definite with the ridge; raise it (row {info})")
-    return factor
+def _cholesky(matrices: Tensor) -> Tensor:
+    """Factors of one matrix or of many, shape (..., m, m)."""
+    factors, info = torch.linalg.cholesky_ex(matrices)
+    if info.any():
+        raise ValueError("gram must be positive definite with the ridge; raise the ridge")
+    return factors
 
 
 def _diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
@@ -275,8 +276,8 @@ def _changes(values: Tensor, blocks: Tensor) -> Tensor:
     width = blocks.shape[1]
     if width == 1:
         return _squares(values, 1) / blocks.flatten()
-    factors = torch.linalg.cholesky(blocks)
-    parts = values.view(len(blocks), width, -1)
+    factors = _cholesky(blocks)
+    parts = values.view(len(blocks), width, values.shape[1])
     return torch.linalg.solve_triangular(factors, parts, upper=False).square().sum((1, 2))
 
 

@@ -23,6 +23,7 @@ from llmprune.compensation import UnitMeans
 from llmprune.cut_config import check_form
 from llmprune.files import save_tensors, save_text
 from llmprune.gates import attach_gates
+from llmprune.latency import Promise, table_for
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Method, Prior, Recipe
 from llmprune.reconstruction import even_batches, reconstruct
@@ -131,6 +132,8 @@ def prune(
     Raises:
         InputError: Anything a user can cause; the folder then holds whole files only.
     """
+    from llmprune_eval.speed import phase_ms
+
     recipe = settle_precision(recipe, Path(out))
     accelerator = start_accelerator(recipe.training, recipe.seed)
     is_main = accelerator.is_main_process
@@ -147,7 +150,11 @@ def prune(
     dense.model.to(watch.accelerator.device)
     watch.on_progress("load the dense model", 1, 1)
     unit_map = map_units(dense.model)
-    targets = targets_of(unit_map, recipe)
+    table = folder.file("latency.json")
+    with watch.accelerator.main_process_first():
+        measure = partial(phase_ms, on_round=partial(watch.on_progress, "latency table"))
+        latency = table_for(table, lambda: dense.model, unit_map, recipe, measure=measure)
+    targets = targets_of(unit_map, recipe, latency=latency)
     is_biased = recipe.compensation == "mean"
     widths = target_widths(unit_map, targets.counts)
     check_form(dense.model, unit_map, widths, recipe.export.format, biased=is_biased)
@@ -160,7 +167,7 @@ def prune(
         trains = recipe.method == "sequential_attention"
         if by_importance and trains and recipe.export.format == "uniform":
             priors = _priors(recipe, folder, found, watch)
-            targets = targets_of(unit_map, recipe, importances=priors)
+            targets = targets_of(unit_map, recipe, importances=priors, latency=latency)
         if scores is None:
             pool_list = pools(unit_map, targets)
             scores = _score(recipe, folder, found, pool_list, watch)
@@ -169,7 +176,7 @@ def prune(
                 dense.model.to(watch.accelerator.device)
                 found = replace(found, dense=dense)
         if by_importance and not trains:
-            targets = targets_of(unit_map, recipe, importances=scores.scores)
+            targets = targets_of(unit_map, recipe, importances=scores.scores, latency=latency)
         plan = choose(scores, unit_map, targets)
         if is_main:
             save_text(plan.to_json(), folder.file("plan.json"))
@@ -181,7 +188,8 @@ def prune(
     verify(folder.path)
     on_progress("verify", 1, 1)
     pruned = load_pruned(folder.path).to(watch.accelerator.device)
-    return Pruned(folder.path, pruned, _evaluate(recipe, folder, dense, pruned, watch))
+    promise = None if latency is None else latency.promise(recipe, plan.widths(unit_map))
+    return Pruned(folder.path, pruned, _evaluate(recipe, folder, dense, pruned, promise, watch))
 
 
 def read_calibration(
@@ -371,7 +379,12 @@ def _cut_and_recover(
 
 
 def _evaluate(
-    recipe: Recipe, folder: RunFolder, dense: LoadedModel, pruned: PreTrainedModel, watch: Watch
+    recipe: Recipe,
+    folder: RunFolder,
+    dense: LoadedModel,
+    pruned: PreTrainedModel,
+    promise: Promise | None,
+    watch: Watch,
 ) -> EvalReport:
     """Measure both models; write report.json and README.md."""
     from llmprune_eval.evaluation import evaluate
@@ -383,6 +396,7 @@ def _evaluate(
         dense.tokenizer,
         recipe=recipe,
         folder=folder.model,
+        promise=promise,
         on_progress=watch.on_progress,
     )
     save_text(report.to_json(), folder.report)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llmprune.cost import Cost, measure_cost
 from llmprune.cut_config import check_form
 from llmprune.errors import InputError
-from llmprune.estimate import meta_model
+from llmprune.estimate import meta_model, random_model
 from llmprune.files import replacing, save_text
+from llmprune.latency import LatencyTable, Measure, Promise, table_for
 from llmprune.overrides import apply_override
 from llmprune.plan import PrunePlan
 from llmprune.recipe import BUDGET_GOALS, Recipe
@@ -26,7 +28,7 @@ CARRIED = ("scores.json", "calibration.safetensors", "weights.safetensors")
 
 @dataclass(frozen=True)
 class Replanned:
-    """A new plan, the folder that it is in, and what it leaves of the model."""
+    """A new plan, the folder that it is in, what it leaves of the model, and what that takes."""
 
     folder: Path
     unit_map: UnitMap
@@ -34,9 +36,12 @@ class Replanned:
     widths: Widths
     dense: Cost
     pruned: Cost
+    promise: Promise | None = None
 
 
-def replan(folder: str | Path, budget: Sequence[str], out: str | Path | None = None) -> Replanned:
+def replan(
+    folder: str | Path, budget: Sequence[str], out: str | Path | None = None, *, measure: Measure
+) -> Replanned:
     """Choose again for another budget; of the model only its config is read.
 
     Args:
@@ -46,6 +51,8 @@ def replan(folder: str | Path, budget: Sequence[str], out: str | Path | None = N
         out: A new or empty folder, which gets the recipe with the new budget, the scores and the
             plan, so that `prune` with `resume` goes on to the cut there. None: `folder` itself,
             which must hold no model yet.
+        measure: Times models, where the budget is a latency that the run has no table for
+            (`llmprune_eval.speed.phase_ms`).
 
     Raises:
         InputError: There are no scores, or a budget that can't be met; nothing is written then.
@@ -63,7 +70,8 @@ def replan(folder: str | Path, budget: Sequence[str], out: str | Path | None = N
         )
     model = meta_model(recipe.model)
     unit_map = map_units(model)
-    targets = targets_of(unit_map, recipe, importances=scores.scores)
+    latency = _table(run, recipe, unit_map, measure)
+    targets = targets_of(unit_map, recipe, importances=scores.scores, latency=latency)
     plan = choose(scores, unit_map, targets)
     widths = plan.widths(unit_map)
     check_form(model, unit_map, widths, recipe.export.format)
@@ -76,6 +84,8 @@ def replan(folder: str | Path, budget: Sequence[str], out: str | Path | None = N
         for name in (name for name in CARRIED if run.file(name).is_file()):
             with replacing(target.file(name)) as temporary:
                 shutil.copyfile(run.file(name), temporary)
+    if latency is not None:
+        latency.save(target.file("latency.json"))
     save_text(plan.to_json(), target.file("plan.json"))
     return Replanned(
         target.path,
@@ -84,7 +94,22 @@ def replan(folder: str | Path, budget: Sequence[str], out: str | Path | None = N
         widths,
         dense=measure_cost(unit_map),
         pruned=measure_cost(unit_map, widths),
+        promise=None if latency is None else latency.promise(recipe, widths),
     )
+
+
+def _table(
+    run: RunFolder, recipe: Recipe, unit_map: UnitMap, measure: Measure
+) -> LatencyTable | None:
+    """The run's own table where it is what the budget asks for, else a new one; none is written."""
+    file = run.file("latency.json")
+    budget = recipe.budget
+    if budget is not None and budget.sparsity is None and file.is_file():
+        own = LatencyTable.read(file)
+        if own.fits(budget, recipe.model.dtype):
+            return own
+    random = partial(random_model, recipe.model)
+    return table_for(None, random, unit_map, recipe, measure=measure)
 
 
 def _with_budget(run: RunFolder, budget: Sequence[str]) -> Recipe:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.architectures import architecture_of
 from llmprune.checkpoint import folder_bytes, save_pruned
+from llmprune.latency import Promise
 from llmprune.recipe import ModelSource, PerplexityTask, Recipe, SpeedTask
 from llmprune.sources import fetch
 from llmprune.texts import corpus_of, read_texts, resolve_text, text_name
 from llmprune_eval.peak_memory import PeakMemory, measure_peak_memory
 from llmprune_eval.perplexity import Perplexity, encode, measure_perplexity
-from llmprune_eval.report import EvalReport, ModelSize, TextResult, environment
-from llmprune_eval.speed import SpeedReport, measure_speed
+from llmprune_eval.report import EvalReport, LatencyResult, ModelSize, TextResult, environment
+from llmprune_eval.speed import SpeedReport, measure_phase, measure_speed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ def evaluate(
     *,
     recipe: Recipe,
     folder: Path,
+    promise: Promise | None = None,
     on_progress: OnProgress,
 ) -> EvalReport:
     """Measure what `recipe.evaluation` names on both models.
@@ -42,6 +44,7 @@ def evaluate(
         tokenizer: Of both.
         recipe: Its `evaluation`, `calibration` and `model` are used.
         folder: Where the pruned model is saved.
+        promise: What a latency budget's table said, to be measured again.
         on_progress: Called with a task's name as it proceeds.
     """
     texts = tuple(
@@ -59,6 +62,7 @@ def evaluate(
         pruned=_size(pruned, folder, memory["pruned"]),
         perplexities=texts,
         speed=speed,
+        latency=None if promise is None else check_promise(promise, dense, pruned, on_progress),
         samples={
             "dense": generate(dense, tokenizer, recipe.evaluation.prompt),
             "pruned": generate(pruned, tokenizer, recipe.evaluation.prompt),
@@ -106,6 +110,27 @@ def compare_speed(
         new_tokens=task.new_tokens,
         rounds=task.rounds,
         on_round=lambda done, total: on_progress("latency", done, total),
+    )
+
+
+def check_promise(
+    promise: Promise, dense: PreTrainedModel, pruned: PreTrainedModel, on_progress: OnProgress
+) -> LatencyResult:
+    """Time the phase that a latency budget names again, both models in turn."""
+    budget = promise.budget
+    report = measure_phase(
+        {"dense": dense, "pruned": pruned},
+        budget,
+        on_round=lambda done, total: on_progress("latency budget", done, total),
+    )
+    again = {name: getattr(speed, budget.phase).median_ms for name, speed in report.models.items()}
+    return LatencyResult(
+        phase=budget.phase,
+        batch_size=budget.batch_size,
+        context=budget.context,
+        predicted={"dense": promise.dense_ms, "pruned": promise.pruned_ms},
+        measured=again,
+        ratio=getattr(report.ratios["pruned"], budget.phase),
     )
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -47,6 +47,21 @@ class TextResult(_Part):
     pruned: Perplexity
 
 
+class LatencyResult(_Part):
+    """A latency budget: milliseconds by the table that the plan was chosen by, and measured again.
+
+    `predicted` and `measured` map "dense" and "pruned" to milliseconds of the `phase`; `ratio` is
+    that of the new measurement, paired by round.
+    """
+
+    phase: Literal["prefill", "decode"]
+    batch_size: int
+    context: int
+    predicted: dict[str, float]
+    measured: dict[str, float]
+    ratio: Ratio
+
+
 class EvalReport(_Part):
     """Size, quality, speed and memory of the pruned model against the dense model.
 
@@ -59,6 +74,7 @@ class EvalReport(_Part):
     pruned: ModelSize
     perplexities: tuple[TextResult, ...] = ()
     speed: SpeedReport | None = None
+    latency: LatencyResult | None = None
     samples: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -144,6 +160,7 @@ def _rows(report: EvalReport) -> list[_Row]:
         rows.append(_count_row("bytes on disk", dense.disk_bytes, pruned.disk_bytes, _mib))
     rows += [_perplexity_row(text) for text in report.perplexities]
     rows += _speed_rows(report.speed) if report.speed else []
+    rows += _promise_rows(report.latency) if report.latency else []
     if dense.peak_memory and pruned.peak_memory:
         rows += _memory_rows(dense.peak_memory, pruned.peak_memory)
     return rows
@@ -161,6 +178,24 @@ def _speed_rows(speed: SpeedReport) -> list[_Row]:
     return [
         _latency_row("prefill", dense.prefill, pruned.prefill, ratios.prefill),
         _latency_row("decode, a token", dense.decode, pruned.decode, ratios.decode),
+    ]
+
+
+def _promise_rows(latency: LatencyResult) -> list[_Row]:
+    promised, again = latency.predicted, latency.measured
+    return [
+        _Row(
+            f"{latency.phase} budget, predicted",
+            f"{promised['dense']:.1f} ms",
+            f"{promised['pruned']:.1f} ms",
+            f"{promised['pruned'] / promised['dense']:.3f}",
+        ),
+        _Row(
+            f"{latency.phase} budget, measured",
+            f"{again['dense']:.1f} ms",
+            f"{again['pruned']:.1f} ms",
+            _ratio_cell(latency.ratio),
+        ),
     ]
 
 
@@ -209,9 +244,15 @@ def _notes(report: EvalReport) -> list[str]:
             f"speed: {speed.batch_size} x {speed.context} tokens, {speed.new_tokens} decode steps, "
             f"median of {speed.rounds} rounds, {speed.device} {speed.dtype}"
         )
+    if report.latency:
+        budget = report.latency
+        notes.append(
+            f"{budget.phase} budget: {budget.batch_size} x {budget.context} tokens; predicted by "
+            "the table that the plan was chosen by, then measured again"
+        )
     if any(text.in_domain for text in report.perplexities):
         notes.append("in-domain: calibration used the same corpus")
-    if report.perplexities or report.speed:
+    if report.perplexities or report.speed or report.latency:
         notes.append("(low to high): 95 % interval; not conclusive: it holds 1")
     return [*notes, "; ".join(f"{key} {value}" for key, value in report.environment.items())]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import InputError
+from llmprune.recipe import Budget
 from llmprune_eval.inference import check_count, check_length, device_of, eval_mode, vocab_size_of
 from llmprune_eval.intervals import Ratio, median_ratio
 
@@ -20,6 +21,9 @@ _MIN_WARMUP_ROUNDS = 2
 _MAX_WARMUP_ROUNDS = 5
 # Warm when two passes in a row differ by no more than this share of the slower one.
 _STEADY = 0.1
+# Rounds for a latency budget, and decode steps in each where decoding is what it names.
+PHASE_ROUNDS = 15
+_PHASE_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,34 @@ def measure_speed(
             if name != first_name
         },
     )
+
+
+def measure_phase(
+    models: Mapping[str, Any],
+    budget: Budget,
+    *,
+    on_round: Callable[[int, int], None] | None = None,
+) -> SpeedReport:
+    """`measure_speed` at what a latency budget names, with no more decode steps than it needs."""
+    return measure_speed(
+        models,
+        batch_size=budget.batch_size,
+        context=budget.context,
+        new_tokens=1 if budget.phase == "prefill" else _PHASE_STEPS,
+        rounds=PHASE_ROUNDS,
+        on_round=on_round,
+    )
+
+
+def phase_ms(
+    models: Mapping[str, Any],
+    budget: Budget,
+    *,
+    on_round: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Median milliseconds of the phase that a latency budget names, of every model."""
+    timed = measure_phase(models, budget, on_round=on_round).models
+    return {name: getattr(speed, budget.phase).median_ms for name, speed in timed.items()}
 
 
 def _random_prompt(models: Any, shape: tuple[int, int], seed: int) -> Tensor:

@@ -339,6 +339,40 @@ def test_importances_decide_over_the_budget_and_a_new_plan_agrees(
         assert PrunePlan.read(again / "plan.json") == plan
 
 
+def pretended(models, budget, on_round=None):
+    """Milliseconds by parameters, as if every one took as long."""
+    return {n: sum(p.numel() for p in model.parameters()) / 100 for n, model in models.items()}
+
+
+@pytest.mark.slow
+def test_a_latency_budget_is_promised_and_measured_again(monkeypatch, capfd, recipe_file, tmp_path):
+    monkeypatch.setattr("llmprune_eval.speed.phase_ms", pretended)
+    out, other = tmp_path / "out", tmp_path / "other"
+    budget = "budget={latency: 0.8, context: 16, tolerance: 0.03, allocation: importance}"
+    options = ["--set", "prune.mlp_channels.sparsity=null", "--set", budget]
+    options += ["--set", "method=magnitude"]
+    assert call(monkeypatch, "prune", recipe_file, "--dry-run", *options) == 0
+    assert "prefill of 1 x 16 tokens" in capfd.readouterr().out
+    assert call(monkeypatch, "prune", recipe_file, "--out", out, *options) == 0
+    latency = json.loads((out / "report.json").read_text())["latency"]
+    promised = latency["predicted"]["pruned"] / latency["predicted"]["dense"]
+    assert 0.77 <= promised <= 0.8
+    assert latency["measured"]["pruned"] > 0
+    assert "prefill budget, predicted" in (out / "README.md").read_text()
+    # another goal, from the same table
+    monkeypatch.setattr("llmprune_eval.speed.phase_ms", None)
+    assert call(monkeypatch, "plan", out, "--budget", "latency=0.9", "--out", other) == 0
+    assert (other / "latency.json").read_text() == (out / "latency.json").read_text()
+    kept = [PrunePlan.read(f / "plan.json").kept["layers.0.mlp_channels"] for f in (out, other)]
+    assert len(kept[0]) < len(kept[1])
+    # another phase, timed anew
+    monkeypatch.setattr("llmprune_eval.speed.phase_ms", pretended)
+    last = tmp_path / "last"
+    arguments = ("--budget", "latency=0.85", "--budget", "phase=decode", "--out", last)
+    assert call(monkeypatch, "plan", other, *arguments) == 0
+    assert json.loads((last / "latency.json").read_text())["phase"] == "decode"
+
+
 # what a user can get wrong
 
 

@@ -3,6 +3,7 @@ import pytest
 from llmprune.errors import InputError
 from llmprune.recipe import Recipe
 
+OPEN = "model: {source: a/b}\nprune: {mlp_channels: {}}\n"
 SMALL = "model: {source: a/b}\nprune: {mlp_channels: {sparsity: 0.5}}\n"
 
 
@@ -32,6 +33,25 @@ def read(tmp_path, text, overrides=None):
         ("", "mapping"),
         ("a: [\n", "must be YAML"),
         (SMALL + "seed: -1\n", "seed"),
+        (OPEN + "budget: {}\n", "exactly one of sparsity, latency_ms, latency, got none"),
+        (OPEN + "budget: {sparsity: 0.2, latency: 0.8}\n", "got sparsity and latency"),
+        (OPEN + "budget: {latency: 1.2}\n", "budget.latency"),
+        (OPEN + "budget: {latency_ms: 0}\n", "budget.latency_ms"),
+        (OPEN + "budget: {latency: 0.8, phase: both}\n", "budget.phase"),
+        (
+            "model: {source: a/b}\nprune: {hidden_channels: {}}\nbudget: {latency: 0.8}\n",
+            "measured at the dense hidden size, got prune.hidden_channels",
+        ),
+        (
+            OPEN + "budget: {sparsity: 0.2, allocation: importance}\ngates: {prior: none}\n",
+            "needs gates.prior, got none",
+        ),
+        (
+            "model: {source: a/b}\nexport: {format: per_layer}\nprune: {mlp_channels: {}, "
+            "heads: {sparsity: 0.5, scope: model}}\n"
+            "budget: {sparsity: 0.2, allocation: importance}\n",
+            "prune.heads must have no sparsity of its own",
+        ),
     ],
 )
 def test_a_wrong_recipe_names_the_file_the_key_and_what_was_got(tmp_path, text, message):

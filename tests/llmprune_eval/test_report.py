@@ -18,6 +18,7 @@ from llmprune_eval.peak_memory import PeakMemory
 from llmprune_eval.perplexity import Perplexity
 from llmprune_eval.report import (
     EvalReport,
+    LatencyResult,
     ModelSize,
     TextResult,
     environment,
@@ -64,6 +65,14 @@ def a_report():
             TextResult(name="pydoc", in_domain=False, dense=dense, pruned=dense),
         ),
         speed=a_speed_report(),
+        latency=LatencyResult(
+            phase="prefill",
+            batch_size=1,
+            context=256,
+            predicted={"dense": 80.0, "pruned": 64.0},
+            measured={"dense": 90.0, "pruned": 70.0},
+            ratio=make_ratio(0.78, 0.75, 0.8),
+        ),
     )
 
 
@@ -100,6 +109,8 @@ def test_tables_hold_every_number_and_mark(show):
         ("perplexity pydoc", "20.09", "1.000 (1.000 to 1.000), not conclusive"),
         ("prefill", "80.0 ms", "40.0 ms", "0.500 (0.400 to 0.600)"),
         ("decode, a token", "20.0 ms", "0.980 (0.900 to 1.100), not conclusive"),
+        ("prefill budget, predicted", "80.0 ms", "64.0 ms", "0.800"),
+        ("prefill budget, measured", "90.0 ms", "70.0 ms", "0.780 (0.750 to 0.800)"),
         ("peak memory", "900 MiB", "550 MiB", "0.611"),
         ("peak memory, model's share", "700 MiB", "350 MiB", "0.500"),
     ]:
