@@ -186,7 +186,7 @@ class GateTraining(_Part):
     steps: Annotated[int, Field(ge=0)] = 60
     batch_size: Positive = 2
     micro_batch_size: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0.0)] = 0.1
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     weights_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     lora_rank: Positive = 8

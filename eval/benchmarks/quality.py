@@ -1,0 +1,104 @@
+"""The comparison behind eval/results/quality-smollm2-135m.md.
+
+    python eval/benchmarks/quality.py --out FOLDER [--data FOLDER] [--model SOURCE] [--parts ...]
+
+Everything is kept in --out and never computed twice, so parts can be run one after the other, on
+other days, or stopped; the last step writes the tables and the plot of all that is there. --data is
+a folder with wikitext2/wiki.train.head.raw and wikitext2/wiki.test.raw (and c4/*.jsonl.gz), for
+machines that cannot reach the Hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmprune.files import save_text
+from llmprune.recipe import Recipe
+from llmprune_eval.compare import Extent, compare
+from llmprune_eval.comparison import Comparison
+from llmprune_eval.comparison_plot import plot
+from llmprune_eval.contenders import CONTENDERS
+
+SUITE = Path(__file__).parents[1] / "suites" / "quality-smollm2-135m"
+RESULTS = Path(__file__).parents[1] / "results"
+NAME = "quality-smollm2-135m"
+# Controls stand in the main block alone.
+METHODS = [name for name, one in CONTENDERS.items() if not one.is_control]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block and how far it goes."""
+
+    block: str
+    methods: list[str] | None
+    extent: Extent
+
+
+PARTS = {
+    "main": Part("main-25", None, Extent(refit="best:2")),
+    "mlp": Part("mlp-25", METHODS, Extent(refit="best:1")),
+    "half": Part("main-50", METHODS, Extent(refit="best:1")),
+    "mixed": Part("mixed-25", METHODS, Extent(refit="best:1")),
+    "recovery": Part("main-25", None, Extent(refit="best:2", recover="best:2")),
+    "seeds": Part("main-25", None, Extent(refit="best:2", recover="best:2", seeds=3)),
+    "c4": Part("main-25-c4", METHODS, Extent(refit="best:1")),
+}
+
+
+def recipe_of(block: str, arguments: argparse.Namespace) -> Recipe:
+    """The suite's recipe, on local files where they are given."""
+    overrides = []
+    if arguments.model:
+        overrides += [f"model.source={arguments.model}"]
+    if arguments.data:
+        wiki = Path(arguments.data) / "wikitext2"
+        rows = wiki / "wiki.train.head.raw"
+        if block.endswith("-c4"):
+            rows = Path(arguments.data) / "c4" / "c4_en_train_head1000.jsonl.gz"
+        overrides += [f"calibration.dataset={rows}", "calibration.config=null"]
+        overrides += [f"evaluation.perplexity.0.dataset={wiki / 'wiki.test.raw'}"]
+        overrides += ["evaluation.perplexity.0.config=null"]
+    return Recipe.read(SUITE / f"{block}.yaml", overrides)
+
+
+def run(part: Part, arguments: argparse.Namespace, *, report_only: bool) -> Comparison:
+    """One part, or what is there of it."""
+    return compare(
+        {part.block: recipe_of(part.block, arguments)},
+        arguments.out,
+        part.methods,
+        extent=part.extent,
+        report_only=report_only,
+        on_progress=lambda task, done, total: print(f"{task}: {done}/{total}", flush=True),
+    )
+
+
+def main() -> None:
+    """Run the parts, then write the tables of every block."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--data")
+    parser.add_argument("--model")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--report", action="store_true", help="compute nothing")
+    arguments = parser.parse_args()
+    names = [name for name in arguments.parts.split(",") if name]
+    for name in [] if arguments.report else names:
+        run(PARTS[name], arguments, report_only=False)
+    furthest = {PARTS[name].block: PARTS[name] for name in PARTS if name in names}
+    tables = [t for one in furthest.values() for t in run(one, arguments, report_only=True).tables]
+    command = f"python eval/benchmarks/quality.py --out FOLDER --parts {arguments.parts}"
+    whole = Comparison(tuple(tables), command)
+    RESULTS.mkdir(exist_ok=True)
+    save_text(whole.to_markdown(), RESULTS / f"{NAME}.md")
+    save_text(whole.to_json(), RESULTS / f"{NAME}.json")
+    plot(whole, RESULTS / f"{NAME}.png")
+    print(f"wrote {RESULTS / NAME}.md")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
