@@ -21,6 +21,8 @@ from llmprune_eval.workbench import Workbench
 
 # Rules that take every method, and none.
 ALL, NONE = "all", "none"
+# Who is measured once more at the end where the last stage took every method.
+FINAL = "best:3"
 # Baselines that are repeated with other seeds, besides SequentialAttention++.
 SEEDED_BASELINES = 2
 
@@ -35,8 +37,8 @@ class Extent:
             best of the others by the stage before.
         recover: Who is trained after that; the same.
         max_windows: Of the evaluation text; None for what each recipe says.
-        final_windows: Windows of a last measurement of those that got furthest; 0 for the whole
-            text, None for no such measurement.
+        final_windows: Windows of a last measurement of those that got furthest (of all methods,
+            SequentialAttention++ and the three best others); 0 for the whole text, None for none.
     """
 
     seeds: int = 1
@@ -115,6 +117,9 @@ def compare(
     for folder in ("recipes", "results"):
         _make(out / folder)
     blocks = _settle(recipes, out)
+    if extent.refit == NONE:
+        without = {"reconstruction": None}
+        blocks = {name: recipe.model_copy(update=without) for name, recipe in blocks.items()}
     store = StoredResults(out / "results")
     variants = {name: {m: _variant(recipe, m) for m in names} for name, recipe in blocks.items()}
     bench = None if report_only else Workbench(out, store, on_progress)
@@ -223,7 +228,8 @@ def _table(
     if extent.final_windows is not None:
         more = extent.final_windows or None
         dense_final = fetch(Job(None, recipe.seed, "dense", more))
-        for method in _ranked(found, last):
+        _, rule = _stages(recipe, extent)[-1]
+        for method in _chosen(found, last, FINAL if rule == ALL else rule):
             final[method] = fetch(Job(method, recipe.seed, last, more))
     rows = [
         Row(
@@ -249,7 +255,7 @@ def _table(
 
 def _stages(recipe: Recipe, extent: Extent) -> list[tuple[Stage, str]]:
     stages: list[tuple[Stage, str]] = [("compensated", ALL)]
-    if recipe.reconstruction is not None and extent.refit != NONE:
+    if recipe.reconstruction is not None:
         stages.append(("refit", extent.refit))
     if extent.recover != NONE:
         stages.append(("recovered", extent.recover))
@@ -264,7 +270,7 @@ def _ranked(found: Mapping[str, Mapping[Stage, Result]], stage: Stage) -> list[s
 
 
 def _chosen(found: Mapping[str, Mapping[Stage, Result]], stage: Stage, rule: str) -> list[str]:
-    """Who goes on from a stage, best first: SequentialAttention++ always, then the best others."""
+    """Who goes on from a stage, best first: SequentialAttention++ always, and the best others."""
     ranked = _ranked(found, stage)
     others = [method for method in ranked if method != SEQUENTIAL]
     count = num_chosen(rule, "recover")

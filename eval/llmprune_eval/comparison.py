@@ -284,14 +284,11 @@ def _sentence(block: BlockTable, stage: Stage) -> str:
     first = ranked[0]
     text = f"- {stage}: {first.label} is best of {len(ranked)} with {first.mean(stage):.2f}"
     own = next((row for row in ranked if row.method == "sequential_attention"), None)
-    if own is None or first is own:
-        other = ranked[1] if len(ranked) > 1 else None
-        text += f"; next is {_against(first, other, stage)}" if other else ""
-    else:
-        text += f"; it comes {ranked.index(own) + 1}. with {_against(first, own, stage)}".replace(
-            "it comes", f"{own.label} comes", 1
-        )
-        text = text.replace(f"with {own.label} ", "with ", 1)
+    if own is not None and own is not first:
+        place = ranked.index(own) + 1
+        text += f"; {own.label} is number {place} with {_against(first, own, stage)}"
+    elif len(ranked) > 1:
+        text += f"; next is {ranked[1].label} with {_against(first, ranked[1], stage)}"
     for row in block.ranked(stage):
         if row.is_control:
             verb = "better" if (row.mean(stage) or 0) < (first.mean(stage) or 0) else "not better"
@@ -301,7 +298,7 @@ def _sentence(block: BlockTable, stage: Stage) -> str:
 
 def _against(best: Row, other: Row, stage: Stage) -> str:
     """Another row's figure, and its ratio to the best with a paired interval."""
-    text = f"{other.label} {other.mean(stage):.2f}"
+    text = f"{other.mean(stage):.2f}"
     one, two = best.stages[stage].results[0], other.stages[stage].results[0]
     if one.perplexity is None or two.perplexity is None:
         return text

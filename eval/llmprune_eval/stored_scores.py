@@ -119,12 +119,14 @@ class StoredScores:
         self._statistics = None
 
     def _collect(
-        self, inputs: Mapping[str, Any], recipe: Recipe, found: Found, watch: Watch
+        self, inputs: dict[str, Any], recipe: Recipe, found: Found, watch: Watch
     ) -> tuple[ActivationStatistics, float]:
         """Statistics of the rows, and the seconds that their pass took."""
-        key = hash_of({name: value for name, value in inputs.items() if name != "name"})
-        if self._statistics is None or self._statistics[0] != key:
+        key = hash_of(inputs | {"name": "statistics"})
+        kept = self._statistics
+        if kept is None or kept[0] != key or (inputs["name"] == "omp" and not kept[1].grams):
             self._statistics = None
+            matched = self.folder.glob(f"omp-{hash_of(inputs | {'name': 'omp'})}-*.json")
             start = time.perf_counter()
             rows = found.calibration_set.rows[: recipe.gates.prior_rows].split(FORWARD_BATCH)
             with torch.no_grad(), watch.accelerator.autocast():
@@ -132,10 +134,10 @@ class StoredScores:
                     found.dense.model,
                     found.unit_map,
                     watch.over("statistics", rows),
-                    with_grams=self.with_grams,
+                    with_grams=inputs["name"] == "omp" or (self.with_grams and not any(matched)),
                 )
-            self._statistics = (key, statistics, time.perf_counter() - start)
-        return self._statistics[1:]
+            kept = self._statistics = (key, statistics, time.perf_counter() - start)
+        return kept[1:]
 
     def read(self, file: Path) -> Scored:
         """Read scores.

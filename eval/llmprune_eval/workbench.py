@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from llmprune.checkpoint import cast_parameters, load_weights
 from llmprune.cut_config import check_form
@@ -29,7 +30,7 @@ from llmprune.reconstruction import even_batches, reconstruct
 from llmprune.run_folder import RunFolder
 from llmprune.selection import choose, pools
 from llmprune.surgery import cut
-from llmprune.targets import target_widths, targets_of
+from llmprune.targets import Targets, target_widths, targets_of
 from llmprune.training import recover
 from llmprune_eval.accounting import (
     num_parameters,
@@ -73,6 +74,7 @@ class Workbench:
         self.store = store
         self.work = Groundwork(out / "cache", on_progress)
         self.kinds: dict[str, set[UnitKind]] = {}
+        self._known_targets: dict[str, Targets] = {}
         self.scores = StoredScores(out / "scores", with_grams=False)
         for name in ("scores", "plans", "cache"):
             (out / name).mkdir(exist_ok=True)
@@ -149,7 +151,7 @@ class Workbench:
         """Why the method can't meet the budget on this model; empty where it can."""
         ground = self.work.ground(recipe)
         try:
-            targets = targets_of(ground.unit_map, recipe)
+            targets = self._targets(recipe, ground)
             check_form(
                 ground.dense.model,
                 ground.unit_map,
@@ -161,6 +163,18 @@ class Workbench:
             return str(error)
         return ""
 
+    def _targets(
+        self, recipe: Recipe, ground: Ground, importances: Mapping[str, Tensor] | None = None
+    ) -> Targets:
+        """Counts to keep; equal for all methods of a block unless they come from importances."""
+        if importances is not None and _is_by_importance(recipe):
+            return targets_of(ground.unit_map, recipe, importances=importances)
+        parts = [recipe.prune, recipe.budget, recipe.export.format, recipe.model]
+        key = repr(parts)
+        if key not in self._known_targets:
+            self._known_targets[key] = targets_of(ground.unit_map, recipe)
+        return self._known_targets[key]
+
     def plan(self, recipe: Recipe) -> tuple[PrunePlan, Scored]:
         """The units that a method keeps, and the scores that it chose them by."""
         ground = self.work.ground(recipe)
@@ -168,11 +182,8 @@ class Workbench:
         file = self.out / "plans" / f"{recipe.method}-{key}.json"
         scored = self._score(recipe, ground, key)
         if not file.is_file():
-            targets = targets_of(ground.unit_map, recipe)
-            if _is_by_importance(recipe):
-                trains = recipe.method == SEQUENTIAL
-                known = scored.priors if trains else scored.scores.scores
-                targets = targets_of(ground.unit_map, recipe, importances=known)
+            known = scored.priors if recipe.method == SEQUENTIAL else scored.scores.scores
+            targets = self._targets(recipe, ground, known)
             plan = choose(scored.scores, ground.unit_map, targets)
             save_text(plan.to_json(), file)
         return PrunePlan.read(file), scored
@@ -208,9 +219,7 @@ class Workbench:
             save_text(priors.scores.to_json(), folder.file("priors.json"))
             start -= priors.seconds
             known = priors.scores.scores
-        targets = targets_of(found.unit_map, recipe)
-        if _is_by_importance(recipe):
-            targets = targets_of(found.unit_map, recipe, importances=known)
+        targets = self._targets(recipe, self.work.ground(recipe), known)
         pool_list = pools(found.unit_map, targets)
         if recipe.gates.train != "gates":
             dense = replace(found.dense, model=copy.deepcopy(found.dense.model))
