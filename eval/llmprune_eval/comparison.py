@@ -259,11 +259,11 @@ def _seeded_cell(row: Row, stage: Stage) -> str:
 def _ratio_cell(block: BlockTable, row: Row) -> str:
     """The furthest figure over the dense model's on the same windows."""
     if row.final and row.final.value and block.dense_final and block.dense_final.value:
-        return f"{row.final.value / block.dense_final.value:.3f}"
+        return f"{row.final.value / block.dense_final.value:.3f} (final)"
     value = row.mean(row.last) if row.last else None
     if value is None or block.dense is None or block.dense.value is None:
         return ""
-    return f"{value / block.dense.value:.3f}"
+    return f"{value / block.dense.value:.3f} ({row.last})"
 
 
 def _refusals(block: BlockTable) -> list[str]:
@@ -282,11 +282,12 @@ def _sentence(block: BlockTable, stage: Stage) -> str:
     if not ranked:
         return ""
     first = ranked[0]
-    text = f"- {stage}: {first.label} is best of {len(ranked)} with {first.mean(stage):.2f}"
+    place = f"best of {len(ranked)}" if len(ranked) > 1 else "the only method measured,"
+    text = f"- {stage}: {first.label} is {place} with {first.mean(stage):.2f}"
     own = next((row for row in ranked if row.method == "sequential_attention"), None)
     if own is not None and own is not first:
-        place = ranked.index(own) + 1
-        text += f"; {own.label} is number {place} with {_against(first, own, stage)}"
+        rank = ranked.index(own) + 1
+        text += f"; {own.label} is number {rank} with {_against(first, own, stage)}"
     elif len(ranked) > 1:
         text += f"; next is {ranked[1].label} with {_against(first, ranked[1], stage)}"
     for row in block.ranked(stage):
@@ -319,7 +320,8 @@ def _notes(comparison: Comparison) -> list[str]:
         "recovery, a pass that several methods share counted for each; >: a killed run's are lost",
         "- removed: share of the decoder's parameters; of which: share of the units of each kind",
         "- mean ± standard deviation (seeds): other seeds draw other rows; / dense: the furthest "
-        "figure of the row over the dense model's on the same windows",
+        "figure of the row, its stage in brackets, over the dense model's on its windows: only "
+        "equal stages compare",
         "- (low to high): 95 % interval of the first seed, paired by windows; not conclusive: it "
         "holds 1",
     ]

@@ -138,7 +138,9 @@ class Workbench:
                 self.work.text(recipe, ground),
                 window=recipe.evaluation.perplexity[0].window,
                 max_windows=windows,
-                on_window=partial(self.work.tell, f"perplexity, {stage}"),
+                on_window=partial(
+                    self.work.tell, f"perplexity, {stage}, {windows or 'all'} windows"
+                ),
             )
         except InputError as error:
             if stage == "dense":
