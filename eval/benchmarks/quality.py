@@ -90,7 +90,7 @@ def main() -> None:
     for name in [] if arguments.report else names:
         run(PARTS[name], arguments, report_only=False)
     furthest = {PARTS[name].block: PARTS[name] for name in PARTS if name in names}
-    tables = [t for one in furthest.values() for t in run(one, arguments, report_only=True).tables]
+    tables = [t for one in furthest.values() for t in run(one, arguments, report_only=True).blocks]
     command = f"python eval/benchmarks/quality.py --out FOLDER --parts {arguments.parts}"
     whole = Comparison(tuple(tables), command)
     RESULTS.mkdir(exist_ok=True)
