@@ -181,7 +181,7 @@ def attention(
     """SequentialAttention++'s A over the living units: n softmax, clipped to [density, 1/density].
 
     With costs it is C e^L / sum(c e^L), C the cost of the living: 1 at equal logits like the
-    paper's, but what is shared out is cost.
+    paper's, exactly, but what is shared out is cost.
 
     Args:
         logits: Shape (n,).
@@ -193,13 +193,12 @@ def attention(
         Shape (n,), zero where `keep_mask` is False, mean 1 (weighted by cost) over the rest before
         clipping.
     """
+    costs = torch.ones_like(logits) if costs is None else costs.to(logits)
     masked = logits.masked_fill(~keep_mask, -torch.inf)
-    if costs is None:
-        weights = keep_mask.sum() * torch.softmax(masked, 0)
-    else:
-        costs = costs.to(logits)
-        weights = costs[keep_mask].sum() * torch.softmax(masked + costs.log(), 0) / costs
-    return weights.clamp(density, 1 / density) * keep_mask
+    weights = (masked - masked.detach().max()).exp()
+    # divided as one number, equal logits give exactly 1: both sums are then the same
+    scale = (costs * keep_mask).sum() / (costs * weights).sum()
+    return (weights * scale).clamp(density, 1 / density) * keep_mask
 
 
 class SequentialAttention(nn.Module):

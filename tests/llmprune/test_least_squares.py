@@ -155,17 +155,26 @@ def test_trained_gates_reach_the_group_lasso_of_the_unselected():
                 assert float(gradient[index].norm()) < bound * (1 + 1e-4)
 
 
+def finds(problem, order, epsilon):
+    """Whether trained gates pick `order`; most that do not go wrong with the first pick."""
+    return all(
+        linear_sequential_attention(problem, count, epsilon=epsilon) == order[:count]
+        for count in (1, len(order))
+    )
+
+
 @pytest.mark.slow
 def test_far_below_the_threshold_the_equivalence_is_false():
     """T6: matches fall with the penalty, so T4 is not true of any penalty whatever."""
     problems = regression.clear_problems(15, SHAPES["single"], 5, EPSILON)
     counts = [
-        sum(linear_sequential_attention(p, 5, epsilon=epsilon) == order for p, order in problems)
-        for epsilon in (0.02, 0.7, 0.99)
+        sum(finds(problem, order, epsilon) for problem, order in problems)
+        for epsilon in (EPSILON, 0.3, 0.7, 0.99)
     ]
     assert counts[0] == 15
-    assert counts[0] > counts[1] > counts[2]
-    assert counts[2] <= 2
+    assert counts[0] > counts[1] > counts[2] >= counts[3]
+    assert counts[2] <= 7
+    assert counts[3] <= 2
 
 
 def test_with_costs_trained_gates_pick_the_largest_gradient_per_root_of_cost():
@@ -219,6 +228,7 @@ def test_a_swap_follows_the_rule_add_the_largest_gradient_drop_the_smallest_coef
 
 
 def test_of_two_duplicates_omp_and_trained_gates_take_one():
+    """T13, for linear gates: the penalty is on the unselected alone."""
     for seed in range(5):
         inputs, targets = regression.design(seed, 8)
         strong = group_omp(LeastSquares.of(inputs, targets, regression.singles(8)), 1)

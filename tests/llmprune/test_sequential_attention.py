@@ -8,13 +8,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from llmprune.capped_softmax import capped_softmax
+from llmprune.least_squares import LeastSquares, group_ompr
 from llmprune.sequential_attention import (
     Group,
     Phase,
     Schedule,
     SequentialAttention,
     attention,
-    capped_softmax,
     sparsity_at,
 )
 
@@ -32,6 +33,7 @@ def alive(*flags):
 
 
 def test_sparsity_begins_at_nothing_and_ends_at_the_target():
+    """T12."""
     for final in (0.1, 0.5, 0.97):
         assert sparsity_at(0.0, final) == 0
         assert sparsity_at(1.0, final) == pytest.approx(final, rel=1e-12)
@@ -48,13 +50,31 @@ def test_sparsity_follows_the_published_curve():
 # attention: the paper's A
 
 
-def test_attention_is_one_everywhere_at_equal_logits():
+@pytest.mark.parametrize("num_units", [1, 7, 41, 49, 1536])
+def test_attention_is_one_everywhere_at_equal_logits(num_units):
+    """T1: exactly, so that a gated model is bit-equal to the one without gates."""
+    keep_mask = torch.ones(num_units, dtype=torch.bool)
     for value in (0.0, 3.0):
-        gates = attention(torch.full((7,), value), torch.ones(7, dtype=torch.bool), 0.5)
-        assert torch.equal(gates, torch.ones(7))
+        for costs in (None, torch.rand(num_units) + 0.1):
+            gates = attention(torch.full((num_units,), value), keep_mask, 0.5, costs)
+            assert torch.equal(gates, torch.ones(num_units))
+            some = torch.arange(num_units) % 3 == 0
+            gates = attention(torch.full((num_units,), value), some, 0.5, costs)
+            assert torch.equal(gates, some.float())
+
+
+def test_attention_with_costs_shares_out_the_cost_of_the_living():
+    costs = vector([1, 2, 4, 1, 3])
+    logits, keep_mask = vector([0.3, -0.2, 5.0, 0.1, 0.0]), alive(1, 1, 0, 1, 1)
+    gates = attention(logits, keep_mask, 0.01, costs)
+    assert float((costs * gates).sum()) == pytest.approx(7.0, rel=1e-12)
+    torch.testing.assert_close((gates / gates[0])[keep_mask], (logits - logits[0]).exp()[keep_mask])
+    unit = attention(logits, keep_mask, 0.01, torch.ones(5))
+    torch.testing.assert_close(unit, attention(logits, keep_mask, 0.01))
 
 
 def test_attention_has_mean_one_over_the_living():
+    """T1."""
     logits = vector([0.3, -0.2, 5.0, 0.1, 0.0])
     keep_mask = alive(1, 1, 0, 1, 1)
     gates = attention(logits, keep_mask, 0.2)
@@ -68,7 +88,7 @@ def test_attention_is_clipped_to_the_density_and_its_inverse():
 
 
 def test_the_gradient_of_a_logit_is_its_own_signal_less_its_share_of_all():
-    """dl/dL_i = s_i - A_i / n * sum_j s_j with s_i = A_i dl/dA_i (algorithm.md 5.3)."""
+    """dl/dL_i = s_i - A_i / n * sum_j s_j with s_i = A_i dl/dA_i."""
     torch.manual_seed(0)
     keep_mask = alive(1, 1, 0, 1, 1, 1)
     logits = (0.3 * torch.randn(6, dtype=torch.float64)).requires_grad_()
@@ -252,6 +272,9 @@ def run(engine, steps=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     masks = []
     for step in range(engine.schedule.num_steps) if steps is None else steps:
+        if engine.variant == "magnitude":
+            # its logits are whatever was handed in
+            engine.set_scores([logits.clone() for logits in engine.logits])
         engine.gates(step)
         masks.append([mask.clone() for mask in engine.keep_masks])
         for logits in engine.logits:
@@ -261,6 +284,7 @@ def run(engine, steps=None, seed=0):
 
 @pytest.mark.parametrize("variant", ["capped", "plus_plus"])
 def test_survivors_are_exactly_as_many_as_asked_for_whatever_the_sizes(variant):
+    """T11, for the engine that removes."""
     groups = [Group(n, k) for n in range(1, 14) for k in range(1, n + 1)]
     engine = SequentialAttention(groups, cycles(11), variant=variant)
     run(engine)
@@ -284,6 +308,7 @@ def test_survivors_are_exactly_as_many_whatever_the_phases(variant, shares):
 
 
 def test_paper_masks_are_nested_while_sparsifying_and_within_the_budget():
+    """T12."""
     groups = [Group(40, 13), Group(7, 2), Group(5, 5)]
     schedule = cycles(60, number=3)
     engine = SequentialAttention(groups, schedule, variant="plus_plus")
@@ -303,6 +328,7 @@ def test_paper_masks_are_nested_while_sparsifying_and_within_the_budget():
 
 
 def test_units_can_come_back_in_a_dense_phase():
+    """T12."""
     engine = SequentialAttention([Group(30, 10)], cycles(40, number=2), variant="plus_plus")
     masks = run(engine)
     ends_first, ends_second = masks[19][0], masks[39][0]
@@ -348,6 +374,7 @@ def test_asking_twice_for_a_step_changes_nothing():
 
 
 def test_paper_gates_are_one_at_the_start():
+    """T1."""
     engine = SequentialAttention([Group(6, 2)], cycles(10), variant="plus_plus")
     assert torch.equal(engine.gates(0)[0], torch.ones(6))
 
@@ -403,9 +430,10 @@ def test_paper_scales_are_attention_over_the_survivors_and_clipped():
     assert float(scale.max()) <= 4.0
 
 
-@pytest.mark.parametrize("variant", ["capped", "plus_plus"])
+@pytest.mark.parametrize("variant", ["capped", "plus_plus", "magnitude"])
 def test_a_resumed_engine_walks_the_same_way(variant):
-    groups = [Group(25, 9), Group(6, 3)]
+    """T12: what is saved and loaded is all there is."""
+    groups = [Group(25, 9), Group(6, 3), Group.of_costs([3, 1, 2, 5, 1, 4], 7)]
     for stop in (1, 7, 13, 24):
         whole = SequentialAttention(groups, cycles(30, number=2), variant=variant)
         run(whole, range(stop), seed=1)
@@ -427,3 +455,243 @@ def test_a_state_is_a_copy():
     before = {name: value.clone() for name, value in state.items()}
     run(engine, range(9, 30))
     assert all(torch.equal(state[name], value) for name, value in before.items())
+
+
+# costs
+
+COSTS = (3.0, 1.0, 2.0, 5.0, 1.0, 4.0)
+VARIANTS = ["capped", "plus_plus", "magnitude"]
+
+
+def test_a_group_of_costs_knows_its_total_density_and_the_most_that_can_stay():
+    group = Group.of_costs(COSTS, 7.0)
+    assert (group.num_units, group.total, group.final) == (6, 16.0, 7.0)
+    assert group.density == 7 / 16
+    # 1 + 1 + 2 + 3
+    assert group.num_kept == 4
+    assert group.budget_at(0.0) == 16.0
+    assert group.budget_at(1.0) == pytest.approx(7.0, rel=1e-12)
+    whole = Group.of_costs([0.1] * 10, sum([0.1] * 10))
+    assert whole.num_kept == 10
+    assert whole.density == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("costs", "budget", "message"),
+    [
+        ([], 1.0, "costs must be positive"),
+        ([1.0, 0.0], 1.0, "costs must be positive"),
+        ([1.0, -2.0], 1.0, "costs must be positive"),
+        ([2.0, 3.0], 1.9, r"budget must be between 2.0 and 5.0, got 1.9"),
+        ([2.0, 3.0], 5.1, r"budget must be between 2.0 and 5.0, got 5.1"),
+    ],
+)
+def test_costs_and_budgets_that_cannot_be_are_an_error(costs, budget, message):
+    with pytest.raises(ValueError, match=message):
+        Group.of_costs(costs, budget)
+
+
+@pytest.mark.parametrize("options", [{"costs": (1.0, 2.0)}, {"budget": 2.0}])
+def test_costs_come_with_a_budget(options):
+    with pytest.raises(ValueError, match="needs costs and a budget, or neither"):
+        Group(2, 1, **options)
+
+
+def cost_of(keep_mask, group):
+    return sum(cost for cost, kept in zip(group.costs, keep_mask.tolist(), strict=True) if kept)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_survivors_cost_at_most_the_budget_and_waste_no_room(variant):
+    """T12, with costs."""
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for size in range(1, 12):
+        costs = (0.1 + 9 * torch.rand(size, generator=generator)).tolist()
+        share = float(torch.rand(1, generator=generator))
+        low, high = min(costs), sum(costs)
+        groups.append(Group.of_costs(costs, low + share * (high - low)))
+    engine = SequentialAttention(groups, cycles(30, number=2), variant=variant)
+    run(engine)
+    for group, keep_mask, mask in zip(groups, engine.survivors(), engine.keep_masks, strict=True):
+        left = group.final - cost_of(keep_mask, group)
+        assert left >= -1e-9 * group.total
+        assert 1 <= int(keep_mask.sum()) <= group.num_kept
+        # of those that were alive; units that left make no room for themselves
+        waiting = [c for c, i in zip(group.costs, (mask & ~keep_mask).tolist(), strict=True) if i]
+        assert all(cost > left for cost in waiting)
+
+
+@pytest.mark.parametrize("variant", ["plus_plus", "magnitude"])
+def test_masks_with_costs_are_nested_and_never_cost_more_than_the_moments_budget(variant):
+    """T12: mask cost <= budget at every step, cost groups too."""
+    group = Group.of_costs(COSTS * 4, 23.0)
+    schedule = cycles(60, number=2)
+    engine = SequentialAttention([group], schedule, variant=variant)
+    masks = [each for (each,) in run(engine)]
+    for step, mask in enumerate(masks):
+        moment = schedule.at(step)
+        if moment.kind == "dense":
+            assert mask.all()
+            continue
+        progress = moment.progress if moment.kind == "sparsify" else 1.0
+        assert cost_of(mask, group) <= group.budget_at(progress) * (1 + 1e-9)
+        assert not (mask & ~masks[step - 1]).any()
+
+
+def test_capped_gates_with_costs_follow_the_budget_and_end_hard_within_it():
+    group = Group.of_costs(COSTS, 7.0)
+    engine = SequentialAttention([group], cycles(50), priors=[torch.linspace(1, -1, 6)])
+    for step in range(50):
+        moment = engine.schedule.at(step)
+        gates = engine.gates(step)[0].detach()
+        if moment.kind == "dense":
+            assert torch.equal(gates, torch.ones(6))
+        if moment.kind == "sparsify":
+            spent = float((gates * torch.tensor(COSTS)).sum())
+            assert spent == pytest.approx(group.budget_at(moment.progress), rel=1e-5)
+        if moment.kind == "sparse":
+            # 3 + 1 + 2, 5 no longer fits, 1 does
+            assert gates.tolist() == [1.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+    assert engine.survivors()[0].tolist() == [True, True, True, False, True, False]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_unit_that_the_final_budget_cannot_pay_for_pushes_nobody_out(variant):
+    group = Group.of_costs([1.0, 5.0, 1.0, 1.0], 3.0)
+    schedule = Schedule((Phase("sparsify", 4), Phase("sparse", 1)))
+    scores = torch.tensor([0.1, 0.9, 0.2, 0.3])
+    engine = SequentialAttention([group], schedule, variant=variant, priors=[scores])
+    for step in range(5):
+        engine.gates(step)
+    assert engine.survivors()[0].tolist() == [True, False, True, True]
+
+
+# the control: scores that are handed in
+
+
+def test_the_magnitude_control_follows_its_scores_and_learns_nothing():
+    engine = SequentialAttention([Group(4, 2)], cycles(10, number=2), variant="magnitude")
+    assert not any(logits.requires_grad for logits in engine.logits)
+    first, second = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([1.0, 4.0, 2.0, 3.0])
+    seen = []
+    for step in range(10):
+        engine.set_scores([first if step < 5 else second])
+        (gate,) = engine.gates(step)
+        assert not gate.requires_grad
+        assert gate.tolist() == engine.keep_masks[0].float().tolist()
+        seen.append(gate.tolist())
+    assert seen[0] == seen[5] == [1.0] * 4
+    assert seen[4] == [1.0, 1.0, 0.0, 0.0]
+    # who left in the first cycle came back, by the scores of the second
+    assert seen[9] == [0.0, 1.0, 0.0, 1.0]
+    assert engine.survivors()[0].tolist() == [False, True, False, True]
+    assert engine.scales()[0].tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert engine.dropped_at[0][[1, 3]].tolist() == [-1, -1]
+
+
+def test_the_magnitude_control_has_the_masks_of_plus_plus_for_equal_scores():
+    groups = [Group(25, 9), Group.of_costs(COSTS, 7.0)]
+    scores = [torch.randn(25), torch.randn(6)]
+    masks = []
+    for variant in ("plus_plus", "magnitude"):
+        engine = SequentialAttention(groups, cycles(40), variant=variant, priors=scores)
+        for step in range(40):
+            engine.gates(step)
+            masks.append([mask.clone() for mask in engine.keep_masks])
+    for one, other in zip(masks[:40], masks[40:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_scores_are_a_copy():
+    engine = SequentialAttention([Group(3, 1)], cycles(10), variant="magnitude")
+    scores = torch.tensor([1.0, 2.0, 3.0])
+    engine.set_scores([scores])
+    scores.zero_()
+    assert engine.logits[0].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_scores_are_for_the_magnitude_control_which_needs_them():
+    for variant in ("capped", "plus_plus"):
+        with pytest.raises(ValueError, match="only the magnitude variant takes scores"):
+            SequentialAttention([Group(3, 1)], cycles(9), variant=variant).set_scores([])
+    engine = SequentialAttention([Group(3, 1)], cycles(9), variant="magnitude")
+    with pytest.raises(ValueError, match="call set_scores before gates"):
+        engine.gates(0)
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        engine.set_scores([])
+
+
+# the other control: no gradual phase
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_the_gradual_phase_the_budget_is_final_at_its_first_step(variant):
+    groups = [Group(10, 4), Group.of_costs(COSTS, 7.0)]
+    scores = [torch.randn(10), torch.randn(6)]
+    spent = {}
+    for curve in ("gradual", "at_once"):
+        engine = SequentialAttention(
+            groups, cycles(40), variant=variant, priors=scores, curve=curve
+        )
+        assert engine.gates(0)[0].tolist() == [1.0] * 10 or variant == "plus_plus"
+        assert all(mask.all() for mask in engine.keep_masks)
+        gates = engine.gates(8)
+        alive_units, costly = (gates, gates) if variant == "capped" else (engine.keep_masks,) * 2
+        spent[curve] = (
+            float(alive_units[0].detach().sum()),
+            float((costly[1].detach() * torch.tensor(COSTS)).sum()),
+        )
+    assert spent["at_once"][0] == pytest.approx(4, rel=1e-5)
+    assert spent["at_once"][1] <= 7 * (1 + 1e-5)
+    assert spent["gradual"][0] > 8
+    assert spent["gradual"][1] > 10
+
+
+# twins
+
+
+def walk_with_twins(share, variant, seed):
+    """Six units in a quadratic loss, 0 and 1 one unit split, the others worth 0.7 of it.
+
+    Logits start from the logarithm of what a unit writes, as in a language model. Returns who
+    survives of four, the logits, and the units' outputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    axes, _ = torch.linalg.qr(torch.randn(9, 9, generator=generator))
+    writes = torch.cat([share * axes[:1], (1 - share) * axes[:1], 0.7 * axes[1:5]])
+    writes[2:] += 0.02 * torch.randn(4, 9, generator=generator)
+    schedule = Schedule.of_cycles(60, dense=0.1, sparsify=0.8, sparse=0.1)
+    prior = writes.square().sum(1).log()
+    engine = SequentialAttention([Group(6, 4)], schedule, variant=variant, priors=[prior])
+    optimizer = torch.optim.Adam(engine.logits.parameters(), lr=0.05)
+    for step in range(60):
+        if schedule.at(step).begins_phase:
+            optimizer.state.clear()
+        loss = (engine.gates(step)[0] @ writes - writes.sum(0)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return engine.survivors()[0], engine.logits[0].detach(), writes
+
+
+@pytest.mark.parametrize("variant", ["capped", "plus_plus"])
+@pytest.mark.parametrize("share", [0.52, 0.55])
+def test_of_two_nearly_equal_units_exactly_one_goes(share, variant):
+    """T13: either alone is the cheapest to lose, both the dearest; one-shot scores lose both."""
+    for seed in range(5):
+        keep_mask, _, writes = walk_with_twins(share, variant, seed)
+        assert set(writes.norm(dim=1).argsort()[:2].tolist()) == {0, 1}
+        assert keep_mask[:2].tolist() == [True, False]
+
+
+def test_exactly_equal_units_never_part_and_a_swap_brings_one_back():
+    """T13's limit: gradients of equal units are equal, so the gates lose both here."""
+    for seed in range(5):
+        keep_mask, logits, writes = walk_with_twins(0.5, "capped", seed)
+        assert float(logits[0]) == pytest.approx(float(logits[1]), abs=1e-5)
+        assert keep_mask[:2].tolist() == [False, False]
+        problem = LeastSquares.of(writes.T, writes.sum(0), [[unit] for unit in range(6)])
+        best, _ = group_ompr(problem, keep_mask.nonzero().flatten().tolist(), 3)
+        assert len({0, 1} & set(best)) == 1
+        assert len(best) == 4

@@ -1,4 +1,13 @@
-"""What the method rests on, checked in numbers (algorithm.md, section 6: T2, T3, T8)."""
+"""What the method rests on, checked in numbers: T2, T3, T8 and the signal of T13.
+
+The numbers name the claims that the tests hold against the papers; grep for one to find its tests.
+
+T1 gates start at one; the unselected sum to their total. T2 the gradient of a logit. T3 what masks
+and L2 charge. T4 linear gates just below the threshold are OMP, T5 the threshold, T6 far below it
+they are not. T7 costs as weights. T8 subadditive penalties share the group LASSO's minimiser.
+T9 swaps. T10 how near softmax attention comes. T11 counts, picks after training, resuming.
+T12 curve, masks, optimizer, regrowth, budgets, fold and cut, saving. T13 seeds, the dead, twins.
+"""
 
 import importlib.util
 import math
@@ -12,7 +21,8 @@ from scipy.special import lambertw
 
 from llmprune.forward_selection import ForwardAttention
 from llmprune.least_squares import minimise_gated
-from llmprune.sequential_attention import attention
+from llmprune.sequential_attention import Group, Schedule, SequentialAttention, attention
+from llmprune.signal import is_signal, rank_correlation
 
 # tests are no packages, so a neighbour is loaded by path
 _spec = importlib.util.spec_from_file_location(
@@ -248,3 +258,58 @@ def test_the_penalty_of_exponential_masks_is_not_subadditive():
     assert exp_mask(1e-3) == pytest.approx(1e-6, rel=1e-4)
     assert all(exp_mask(2 * norm) > 2 * exp_mask(norm) for norm in (0.01, 0.5, 1.0, 1.9))
     assert all(exp_mask(2 * norm) < 2 * exp_mask(norm) for norm in (2.0, 5.0, 50.0))
+
+
+# T13: signal and noise in logits
+
+
+def trained_logits(net_seed, data_seed, schedule, variant):
+    """Logits of a net of 20 hidden units whose weights are optimal for its noisy targets."""
+    net, data = (torch.Generator().manual_seed(seed) for seed in (net_seed, 1000 + data_seed))
+    read, write = torch.randn(8, 20, generator=net), torch.randn(20, 6, generator=net)
+    write *= torch.linspace(0.05, 0.4, 20)[torch.randperm(20, generator=net)][:, None]
+    # and one that writes nothing
+    write[7] = 0
+    engine = SequentialAttention([Group(20, 10)], schedule, variant=variant)
+    optimizer = torch.optim.Adam(engine.logits.parameters(), lr=0.05)
+    for step in range(schedule.num_steps):
+        if schedule.at(step).begins_phase:
+            optimizer.state.clear()
+        hidden = (torch.randn(32, 8, generator=data) @ read).tanh()
+        targets = hidden @ write + 0.5 * torch.randn(32, 6, generator=data)
+        loss = ((hidden * engine.gates(step)[0]) @ write - targets).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return engine.logits[0].detach()
+
+
+def seeds_that_agree(schedule, variant):
+    """Of 6 nets: on how many two seeds of the data agree; the correlations; how the dead do."""
+    agree, correlations, dead_lowest = 0, [], 0
+    for net in range(6):
+        first, second = (trained_logits(net, 2 * net + run, schedule, variant) for run in range(2))
+        agree += is_signal([first], [second], num_shuffles=200)
+        correlations.append(rank_correlation([first], [second]))
+        dead_lowest += int(first.argmin()) == int(second.argmin()) == 7
+    return agree, correlations, dead_lowest
+
+
+def test_under_pressure_two_seeds_agree_on_who_matters_and_on_the_dead():
+    """T13: what the capped softmax's falling budget teaches is no random walk."""
+    schedule = Schedule.of_cycles(80, dense=0.1, sparsify=0.8, sparse=0.1)
+    agree, correlations, dead_lowest = seeds_that_agree(schedule, "capped")
+    assert agree >= 5
+    assert np.median(correlations) > 0.4
+    assert dead_lowest >= 4
+
+
+def test_without_pressure_logits_at_a_minimum_are_a_random_walk():
+    """T13's negative control: far from 0, and no two seeds agree."""
+    schedule = Schedule.of_cycles(80, dense=1.0, sparsify=0.0, sparse=0.0)
+    agree, correlations, _ = seeds_that_agree(schedule, "plus_plus")
+    assert agree <= 1
+    assert abs(np.median(correlations)) < 0.3
+    assert float(trained_logits(0, 0, schedule, "plus_plus").abs().max()) > 0.2
+    # the capped softmax stays where it is
+    assert not trained_logits(0, 0, schedule, "capped").any()
