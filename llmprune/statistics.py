@@ -132,8 +132,10 @@ def _add_read(
     _add(found.sums, place, exact.sum(0).cpu())
     _add(found.squares, place, exact.square().sum(0).cpu())
     if with_grams:
-        wide = value if value.dtype == torch.float64 else value.float()
-        _add(found.grams, place, wide.T @ wide)
+        # a run under autocast would have the products in 16 bits, and a matrix that is not definite
+        with torch.autocast(value.device.type, enabled=False):
+            wide = value if value.dtype == torch.float64 else value.float()
+            _add(found.grams, place, wide.T @ wide)
 
 
 def _add(table: dict[Any, Tensor], name: Any, value: Tensor) -> None:

@@ -243,3 +243,13 @@ def test_means_are_those_that_compensation_leaves_behind():
     handle.remove()
     wanted = torch.cat([value.flatten(0, 1) for value in seen]).double().mean(0)
     assert torch.allclose(means.read[1, "attention"], wanted)
+
+
+def test_gram_matrices_are_not_made_in_the_precision_of_the_forward_pass():
+    model = tiny.tiny_model("llama").float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collect_statistics(model, map_units(model), rows(), with_grams=True)
+    for place, gram in found.grams.items():
+        torch.testing.assert_close(
+            gram.diagonal().double(), found.squares[place], rtol=1e-5, atol=0
+        )

@@ -31,6 +31,7 @@ def hooks_of(model):
 @pytest.mark.parametrize("kind", UNIT_KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_open_gates_leave_logits_bit_equal(family, kind, dtype):
+    """T1."""
     model = tiny_model(family, layers=2, dtype=dtype)
     dense = logits(model)
     gates = attached(model, (kind,))

@@ -73,6 +73,7 @@ EVERY_CUT = [
 @pytest.mark.usefixtures("double_norms")
 @pytest.mark.parametrize(("family", "mix", "form"), EVERY_CUT)
 def test_cut_model_equals_masked_model(family, mix, form):
+    """T12: folded and sliced equals gated."""
     model = tiny_model(family)
     assert_cut_is_masked(model, plan_for(model, MIXES[mix]), form)
     assert_cut_is_masked(model, plan_for(model, MIXES[mix], scaled=True, seed=1), form)
@@ -302,6 +303,7 @@ def test_a_layer_that_loses_both_sublayers_is_gone():
 
 @pytest.mark.parametrize(("family", "mix", "form"), EVERY_CUT)
 def test_saved_models_reload_with_equal_logits(family, mix, form, tmp_path):
+    """T12."""
     model = tiny_model(family, tied=True, biased=True, dtype=torch.float32)
     if family == "llama" and form == "uniform" and "hidden_channels" in MIXES[mix]:
         model = tiny_model(family, tied=True, dtype=torch.float32)

@@ -127,6 +127,7 @@ def equal_scores(one, other):
 @pytest.mark.parametrize("train_what", ["gates", "lora", "all"])
 @pytest.mark.parametrize("variant", ["capped", "plus_plus"])
 def test_the_optimizer_forgets_at_every_phase_boundary(variant, train_what, monkeypatch):
+    """T12: its state is empty before the first step of every phase and at no other step."""
     sizes = {}
     step_once = Batches.train_step
 
@@ -164,6 +165,22 @@ def test_the_gates_end_where_the_plan_is(family):
     gated = logits(model)
     trained.gates.set_plan(trained.plan)
     assert torch.equal(logits(model), gated)
+
+
+@pytest.mark.parametrize("variant", ["capped", "plus_plus"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_folded_and_cut_the_model_is_what_its_trained_gates_made_it(family, variant):
+    """T12: in float32 within 1e-5; test_surgery has it for any plan, and saved and loaded."""
+    model = tiny_model(family, ratio=3)
+    trained = train(model, variant=variant)
+    plan = trained.plan
+    assert bool(plan.scale) == (variant == "plus_plus")
+    trained.gates.set_plan(plan)
+    gated = logits(model)
+    trained.finish()
+    torch.testing.assert_close(
+        logits(cut(model, plan, form="per_layer")), gated, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_nothing_but_logits_changes_when_gates_alone_are_trained():
@@ -396,6 +413,7 @@ def silence(model, group, units):
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_units_that_write_nothing_are_the_first_to_go(family, kind, dead, sparsity, prior):
+    """T13."""
     model = tiny_model(family, ratio=3).float()
     for group in map_units(model).of_kind(kind):
         silence(model, group, dead)
@@ -442,7 +460,7 @@ def loss_without(model, heads, rows):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_of_two_heads_that_do_the_same_exactly_one_goes(seed):
-    """Either alone is the cheapest to lose, both are the dearest; one-shot scores lose both."""
+    """T13: either alone is the cheapest to lose, both the dearest; one-shot scores lose both."""
     model, rows = nearly_twin_heads(seed), calibration(num_rows=32)
     recipe = default_recipe({"heads": {"sparsity": 1 / 3}})
     scores = score_units("wanda", model, map_units(model), rows.rows, kinds=("heads",))
@@ -461,6 +479,7 @@ def test_of_two_heads_that_do_the_same_exactly_one_goes(seed):
 @pytest.mark.parametrize("train_what", ["gates", "lora", "all"])
 @pytest.mark.parametrize("variant", ["capped", "plus_plus"])
 def test_a_resumed_run_gives_the_same_scores(variant, train_what, tmp_path):
+    """T11, T12."""
     options = {"variant": variant, "train": train_what, "dense": 0.25, "sparsify": 0.5}
     options |= {"sparse": 0.25, "cycles": 2}
     recipe = recipe_for(HALF_OF_ALL, training={"save_every": 3}, **options)
