@@ -70,29 +70,27 @@ class GatedNetworks:
         """Random weights; nothing is trained.
 
         Args:
-            table: The rows; full batches where there are at most 256.
+            table: The rows.
             engine: Holds the logits and makes the picks, one unit per candidate.
-            hidden_size: ReLU units of each network.
+            hidden_size: ReLU units of all networks together, dealt out evenly.
             generator: Of the weights and the batches.
         """
         self.table, self.engine, self.generator = table, engine, generator
         num_rows, num_columns = table.inputs.shape
         self.num_networks = networks_for(num_rows)
 
-        def normal(*shape: int) -> Tensor:
-            draw = torch.randn(self.num_networks, *shape, generator=generator)
-            return (draw / math.sqrt(shape[0])).requires_grad_()
+        def normal(*shape: int, fan_in: int) -> Tensor:
+            draw = torch.randn(*shape, generator=generator)
+            return (draw / math.sqrt(fan_in)).requires_grad_()
 
-        self.reader = normal(num_columns, hidden_size)
-        self.writer = normal(hidden_size, table.num_outputs)
+        hidden_size = max(1, hidden_size // self.num_networks)
+        size = self.num_networks * hidden_size
+        self.reader = normal(num_columns, size, fan_in=num_columns)
+        self.writer = normal(self.num_networks, hidden_size, table.num_outputs, fan_in=hidden_size)
         self.biases = [
-            torch.zeros(self.num_networks, 1, size, requires_grad=True)
-            for size in (hidden_size, table.num_outputs)
+            torch.zeros(size, requires_grad=True),
+            torch.zeros(self.num_networks, table.num_outputs, requires_grad=True),
         ]
-        # a network of several has a bootstrap sample of its own
-        self.rows = torch.arange(num_rows).expand(self.num_networks, -1)
-        if self.num_networks > 1:
-            self.rows = torch.randint(num_rows, self.rows.shape, generator=generator)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [self.reader, self.writer], "weight_decay": WEIGHT_DECAY},
@@ -101,28 +99,42 @@ class GatedNetworks:
             ],
             lr=LEARNING_RATE,
             weight_decay=0.0,
+            fused=True,
         )
 
-    def loss(self, reader: Tensor, rows: Tensor) -> Tensor:
-        """Sum over the networks of the mean loss on their rows, (networks, batch); a scalar."""
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Rows of a step, int64, and how often each network has each, shape (rows, networks).
+
+        Drawn with replacement even where all rows would fit: Adam divides by the size of what it
+        gets, so that without noise between steps every logit would move as fast as every other;
+        with it, they move by how consistent their gradients are.
+        """
+        num_rows = len(self.table.inputs)
+        size = (min(num_rows, BATCH_SIZE), self.num_networks)
+        drawn = torch.randint(num_rows, size, generator=self.generator)
+        if num_rows > BATCH_SIZE:
+            return drawn[:, 0], torch.ones(size)
+        return torch.arange(num_rows), torch.zeros(size).scatter_add(0, drawn, torch.ones(size))
+
+    def loss(self, reader: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+        """Sum over the networks of their mean loss on rows as `draw` gives them; a scalar."""
         hidden = torch.relu(self.table.inputs[rows] @ reader + self.biases[0])
-        outputs = (hidden @ self.writer + self.biases[1]).flatten(0, 1)
-        targets = self.table.targets[rows].flatten()
+        hidden = hidden.unflatten(1, (self.num_networks, -1))
+        outputs = torch.einsum("rnh,nho->rno", hidden, self.writer) + self.biases[1]
+        targets = self.table.targets[rows][:, None].expand(-1, self.num_networks)
         if targets.is_floating_point():
-            return self.num_networks * functional.mse_loss(outputs[:, 0], targets)
-        return self.num_networks * functional.cross_entropy(outputs, targets)
+            each = (outputs[..., 0] - targets).square()
+        else:
+            each = functional.cross_entropy(outputs.mT, targets, reduction="none")
+        return (each * counts).mean(0).sum()
 
     def step(self, gates: Tensor | None, strength: float) -> None:
         """One step of AdamW on weights and logits; `gates` None leaves all open."""
-        rows = self.rows
-        if rows.shape[1] > BATCH_SIZE:
-            size = (self.num_networks, BATCH_SIZE)
-            rows = rows.gather(1, torch.randint(rows.shape[1], size, generator=self.generator))
         self.optimizer.zero_grad()
         reader = self.reader
         if gates is not None:
             reader = reader * gates[self.table.owner, None]
-        loss = self.loss(reader, rows)
+        loss = self.loss(reader, *self.draw())
         if strength:
             loss = loss + self.engine.penalty(self.squares(self.reader), strength)
         loss.backward()
@@ -131,7 +143,7 @@ class GatedNetworks:
     def squares(self, values: Tensor) -> Tensor:
         """Squared norm of every candidate's part of `values`, shaped as the reading weights."""
         sums = torch.zeros(self.engine.num_units)
-        return sums.index_add(0, self.table.owner, values.square().sum((0, 2)))
+        return sums.index_add(0, self.table.owner, values.square().sum(1))
 
     def threshold(self) -> float:
         """The penalty from which on linear gates give the unselected nothing, at these weights.
@@ -141,7 +153,9 @@ class GatedNetworks:
         """
         selected = self.engine.selected[self.table.owner, None]
         reader = (self.reader.detach() * selected).requires_grad_()
-        (gradient,) = torch.autograd.grad(self.loss(reader, self.rows), reader)
+        every = torch.arange(len(self.table.inputs))
+        loss = self.loss(reader, every, torch.ones(len(every), self.num_networks))
+        (gradient,) = torch.autograd.grad(loss, reader)
         pulls = self.squares(gradient).sqrt() / self.engine.costs.sqrt()
         return float(pulls[~self.engine.selected].max())
 
@@ -159,7 +173,7 @@ def train_selection(
     Args:
         table: The rows.
         engine: Nothing selected yet.
-        hidden_size: ReLU units of each network.
+        hidden_size: ReLU units of all networks together.
         num_steps: Optimizer steps of a phase.
         generator: Of the weights and the batches.
     """

@@ -78,7 +78,8 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
         budget: Cost that the selected groups may have together; needs `costs`.
         gate: `softmax` as in the paper, or `linear`: gates that pay a group-LASSO penalty of half
             the threshold at which none would be selected.
-        hidden_size: ReLU units of each network; the paper's 67.
+        hidden_size: ReLU units of the hidden layer; the paper's 67. Several networks share them
+            out.
         steps_per_phase: Optimizer steps before each pick.
         random_state: Seed; fits with the same one select the same columns.
 
@@ -129,9 +130,8 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
             InputError: An argument out of its range, with what was got.
             ValueError: X or y is not finite, or their rows differ in number.
         """
-        original = X
-        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
-        self.groups_, labels = _index_lists(self.groups, X.shape[1])
+        inputs, targets = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
+        self.groups_, labels = _index_lists(self.groups, inputs.shape[1])
         costs = _check_costs(self.costs, len(self.groups_), labels)
         count = self._check_numbers(len(self.groups_), costs)
         # numpy's own generator, so that torch's global one is left alone
@@ -146,11 +146,11 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
             budget=self.budget,
             generator=generator,
         )
-        owner = torch.empty(X.shape[1], dtype=torch.int64)
+        owner = torch.empty(inputs.shape[1], dtype=torch.int64)
         for number, columns in enumerate(self.groups_):
             owner[torch.from_numpy(columns)] = number
         train_selection(
-            Table(torch.from_numpy(_standardised(X)), self._targets(y), owner),
+            Table(torch.from_numpy(_standardised(inputs)), self._targets(targets), owner),
             engine,
             hidden_size=self.hidden_size,
             num_steps=self.steps_per_phase,
@@ -162,7 +162,7 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
         self.ranking_ = positions[owner.numpy()]
         self.support_ = self.ranking_ <= len(engine.order)
         if self.estimator is not None:
-            self.estimator_ = clone(self.estimator).fit(self.transform(original), y)
+            self.estimator_ = clone(self.estimator).fit(self.transform(X), targets)
         return self
 
     def _targets(self, y: NDArray) -> torch.Tensor:
@@ -268,7 +268,7 @@ def _index_lists(
         return [np.array([column]) for column in range(num_columns)], None
     entries = list(groups)
     if all(isinstance(entry, (list, tuple, range, np.ndarray)) for entry in entries):
-        lists = [np.array(entry, dtype=np.int64) for entry in entries]  # type: ignore[arg-type]
+        lists = [np.array(entry, dtype=np.int64) for entry in entries]
         held = np.sort(np.concatenate(lists)) if lists else np.array([])
         if not np.array_equal(held, np.arange(num_columns)) or any(not len(e) for e in lists):
             raise InputError(
@@ -283,7 +283,7 @@ def _index_lists(
         )
     members: dict[Hashable, list[int]] = {}
     for column, label in enumerate(entries):
-        members.setdefault(label, []).append(column)  # type: ignore[arg-type]
+        members.setdefault(label, []).append(column)
     return [np.array(columns) for columns in members.values()], list(members)
 
 
