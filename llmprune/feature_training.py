@@ -91,9 +91,13 @@ class GatedNetworks:
             torch.zeros(size, requires_grad=True),
             torch.zeros(self.num_networks, table.num_outputs, requires_grad=True),
         ]
+        # linear gates pay a penalty instead, on the unselected alone: with decay on top, what is
+        # selected stays too small, and a copy of it still seems of use
+        decay = 0.0 if engine.gate == "linear" else WEIGHT_DECAY
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": [self.reader, self.writer], "weight_decay": WEIGHT_DECAY},
+                {"params": [self.reader], "weight_decay": decay},
+                {"params": [self.writer], "weight_decay": WEIGHT_DECAY},
                 {"params": self.biases},
                 {"params": [engine.logits], "lr": LOGIT_LEARNING_RATE},
             ],
