@@ -9,6 +9,7 @@ share the gates. Torch alone: `llmprune.features` has the scikit-learn side.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,8 @@ PENALTY_SHARE = 0.5
 # With fewer rows than this per network, the picks of a single one are a matter of its random start.
 ROWS_PER_NETWORK = 512
 MAX_NETWORKS = 8
+# More candidates than this per row, and chance alone makes some of them fit.
+CANDIDATES_PER_ROW = 8
 
 
 def networks_for(num_rows: int) -> int:
@@ -55,10 +58,36 @@ class Table:
     targets: Tensor
     owner: Tensor
 
+    @staticmethod
+    def of(inputs: Tensor, targets: Tensor, groups: Sequence[Tensor]) -> Table:
+        """The table of these groups' columns; what is in no group is left out."""
+        sizes = torch.tensor([len(group) for group in groups])
+        owner = torch.repeat_interleave(torch.arange(len(groups)), sizes)
+        return Table(inputs[:, torch.cat(list(groups))], targets, owner)
+
     @property
     def num_outputs(self) -> int:
         """Classes, or 1 for a real target."""
         return 1 if self.targets.is_floating_point() else int(self.targets.max()) + 1
+
+
+def screen(table: Table, costs: Tensor, budget: float, num_kept: int) -> Tensor:
+    """Candidates that may compete, ascending: all, unless there are more than 8 per row.
+
+    Then the 8 per row (twice `num_kept`, if that is more) with the largest linear effect per cost
+    that the budget can pay for: squared norm of their columns' products with the targets (sure
+    independence screening, Fan and Lv 2008, arXiv math/0612857).
+    """
+    num_left = max(CANDIDATES_PER_ROW * len(table.inputs), 2 * num_kept)
+    if len(costs) <= num_left:
+        return torch.arange(len(costs))
+    targets = table.targets[:, None]
+    if not targets.is_floating_point():
+        targets = functional.one_hot(table.targets).float()
+    products = table.inputs.T @ (targets - targets.mean(0))
+    effects = torch.zeros(len(costs)).index_add(0, table.owner, products.square().sum(1))
+    effects = (effects / costs).masked_fill(costs > budget, -1.0)
+    return effects.sort(descending=True, stable=True).indices[:num_left].sort().values
 
 
 class GatedNetworks:

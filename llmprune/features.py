@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from llmprune.errors import InputError
-from llmprune.feature_training import Table, train_selection
+from llmprune.feature_training import Table, screen, train_selection
 from llmprune.forward_selection import ForwardAttention, Gate
 
 try:
@@ -62,8 +62,9 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
     to learn from, a candidate that only repeats them gets no attention.
 
     Columns are standardised inside; what `transform` gives are the columns as they came. Up to 256
-    rows, several networks share the gates, each with a bootstrap sample (8 of them up to 64 rows,
-    2 at 256), since on so few rows the picks of one depend on its random start. From 100 picks on,
+    rows, several networks share the gates, each on rows drawn for itself (8 of them up to 64 rows,
+    2 at 256), since on so few rows the picks of one depend on its random start. Of more than 8
+    candidates per row, only those with the largest linear effect compete. From 100 picks on,
     several are made per phase.
 
     Args:
@@ -137,30 +138,31 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
         # numpy's own generator, so that torch's global one is left alone
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         generator = torch.Generator().manual_seed(seed)
+        groups = [torch.from_numpy(columns) for columns in self.groups_]
+        columns, goals = torch.from_numpy(_standardised(inputs)), self._targets(targets)
+        budget = math.inf if self.budget is None else self.budget
+        competing = screen(Table.of(columns, goals, groups), costs, budget, count)
         engine = ForwardAttention(
-            len(self.groups_),
-            count,
+            len(competing),
+            min(count, len(competing)),
             num_per_phase=math.ceil(count / MAX_PHASES),
             gate=self.gate,
-            costs=costs,
+            costs=costs[competing],
             budget=self.budget,
             generator=generator,
         )
-        owner = torch.empty(inputs.shape[1], dtype=torch.int64)
-        for number, columns in enumerate(self.groups_):
-            owner[torch.from_numpy(columns)] = number
         train_selection(
-            Table(torch.from_numpy(_standardised(inputs)), self._targets(targets), owner),
+            Table.of(columns, goals, [groups[number] for number in competing.tolist()]),
             engine,
             hidden_size=self.hidden_size,
             num_steps=self.steps_per_phase,
             generator=generator,
         )
-        self.order_ = np.array(engine.order)
-        positions = np.full(len(self.groups_), len(engine.order) + 1)
-        positions[self.order_] = np.arange(1, len(engine.order) + 1)
-        self.ranking_ = positions[owner.numpy()]
-        self.support_ = self.ranking_ <= len(engine.order)
+        self.order_ = competing[engine.order].numpy()
+        self.ranking_ = np.full(inputs.shape[1], len(self.order_) + 1)
+        for place, number in enumerate(self.order_, start=1):
+            self.ranking_[self.groups_[number]] = place
+        self.support_ = self.ranking_ <= len(self.order_)
         if self.estimator is not None:
             self.estimator_ = clone(self.estimator).fit(self.transform(X), targets)
         return self

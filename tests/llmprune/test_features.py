@@ -1,4 +1,5 @@
 import importlib
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from llmprune.errors import InputError
 from llmprune.feature_crosses import cross_candidates
-from llmprune.feature_training import networks_for
+from llmprune.feature_training import Table, networks_for, screen
 from llmprune.features import SequentialAttentionSelector
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,23 @@ def test_several_networks_find_the_columns_of_a_small_table():
     selector = SequentialAttentionSelector(None, 3, random_state=0).fit(inputs, targets)
     assert {0, 3} < set(selector.order_)
     assert [networks_for(rows) for rows in (10, 64, 256, 257, 10_000)] == [8, 8, 2, 1, 1]
+
+
+def test_of_very_many_columns_those_with_no_linear_effect_do_not_compete():
+    inputs, targets = regression_table(num_rows=30, num_columns=400)
+    columns, goals = torch.from_numpy(inputs).float(), torch.from_numpy(targets).float()
+    table = Table.of(columns, goals, torch.arange(400).split(1))
+    correlations = np.abs(inputs.T @ (targets - targets.mean()))
+    left = screen(table, torch.ones(400), math.inf, 3).tolist()
+    assert left == sorted(np.argsort(-correlations)[:240])
+    assert len(screen(table, torch.ones(400), math.inf, 150)) == 300
+    # what the budget cannot pay for takes nobody's place, and cheap ones gain
+    costs = torch.ones(400)
+    costs[0], costs[3] = 9.0, 1e6
+    assert 3 not in screen(table, costs, 8.0, 3).tolist()
+    assert 0 not in screen(table, costs, 8.0, 3).tolist()
+    selector = SequentialAttentionSelector(None, 3, random_state=0).fit(inputs, targets)
+    assert selector.order_[:2].tolist() == [0, 3]
 
 
 @pytest.mark.parametrize("gate", ["softmax", "linear"])
