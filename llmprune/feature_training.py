@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,16 +124,14 @@ class GatedNetworks:
         # linear gates pay a penalty instead, on the unselected alone: with decay on top, what is
         # selected stays too small, and a copy of it still seems of use
         decay = 0.0 if engine.gate == "linear" else WEIGHT_DECAY
+        parameters: list[dict[str, Any]] = [
+            {"params": [self.reader], "weight_decay": decay},
+            {"params": [self.writer], "weight_decay": WEIGHT_DECAY},
+            {"params": self.biases},
+            {"params": [engine.logits], "lr": LOGIT_LEARNING_RATE},
+        ]
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [self.reader], "weight_decay": decay},
-                {"params": [self.writer], "weight_decay": WEIGHT_DECAY},
-                {"params": self.biases},
-                {"params": [engine.logits], "lr": LOGIT_LEARNING_RATE},
-            ],
-            lr=LEARNING_RATE,
-            weight_decay=0.0,
-            fused=True,
+            parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True
         )
 
     def draw(self) -> tuple[Tensor, Tensor]:

@@ -317,19 +317,8 @@ def show_crosses(data: Path, budget: float) -> str:
     return f"{len(order)} candidates, budget {budget:g}, spent {spent:.1f}: " + ", ".join(picks)
 
 
-def main() -> None:
-    """Compute what is missing, then write the plot and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    arguments = parser.parse_args()
-    # columns without variance are no news in gene data
-    warnings.filterwarnings("ignore", message="Features .* are constant")
-    path = arguments.out / "features.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+def compute(arguments: argparse.Namespace, results: dict[str, dict], path: Path) -> None:
+    """Add the rows that are missing, each written as soon as it is there."""
     loaded = {name: read(arguments.data, name) for name in arguments.datasets}
     for seed in range(arguments.seeds):
         for name in arguments.datasets:
@@ -339,6 +328,24 @@ def main() -> None:
                     results[key] = measure(name, method, seed, *loaded[name])
                     save_text(json.dumps(results, indent=0, sort_keys=True) + "\n", path)
                     print(key, results[key], flush=True)
+
+
+def main() -> None:
+    """Compute what is missing, then write the plot and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--report", action="store_true", help="compute nothing, show what is there")
+    arguments = parser.parse_args()
+    # columns without variance are no news in gene data
+    warnings.filterwarnings("ignore", message="Features .* are constant")
+    path = arguments.out / "features.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if not arguments.report:
+        compute(arguments, results, path)
     print(tables(results, arguments.datasets, arguments.seeds))
     draw(results, arguments.datasets, arguments.seeds, arguments.out / "features.png")
     print(show_crosses(arguments.data, budget=40.0))
