@@ -249,15 +249,16 @@ def tables(results: dict[str, dict], datasets: list[str], seeds: int) -> str:
     """Markdown: accuracy as mean and sample deviation over the seeds; processor seconds."""
     head = "| method | " + " | ".join(datasets) + " |\n|---|" + "---|" * len(datasets)
     accuracy, seconds = [head], [head]
-    for method in METHODS:
+    known = {key.split("/")[1] for key in results}
+    for method in [method for method in METHODS if method in known]:
         cells, times = [], []
         for name in datasets:
             rows = [results.get(f"{name}/{method}/{seed}") for seed in range(seeds)]
             found = [row for row in rows if row]
             values = [row["accuracy"] for row in found]
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-            missing = "" if len(found) == seeds else f" ({len(found)} seeds)"
-            cells.append(f"{np.mean(values):.3f} ± {spread:.3f}{missing}" if found else "-")
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            missing = "" if len(found) == seeds else f" ({len(found)} of {seeds})"
+            cells.append(f"{np.mean(values):.3f}{spread}{missing}" if found else "-")
             spent = [row["cpu_seconds"] for row in found if "cpu_seconds" in row]
             times.append(f"{np.median(spent):.1f}" if spent else "-")
         accuracy.append(f"| {method} | " + " | ".join(cells) + " |")
@@ -272,9 +273,16 @@ def draw(results: dict[str, dict], datasets: list[str], seeds: int, path: Path) 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    methods = [method for method in METHODS if method != "all columns"]
+    known = {key.split("/")[1] for key in results} - {"all columns"}
+    methods = [method for method in METHODS if method in known]
     figure, axes = pyplot.subplots(figsize=(11, 4.2), layout="constrained")
-    colours = ["#0b5394", "#6fa8dc", "#e69138", "#93c47d", "#38761d", "#a64d79", "#bbbbbb"]
+    colours = dict(
+        zip(
+            METHODS,
+            ["#0b5394", "#6fa8dc", "#e69138", "#93c47d", "#38761d", "#a64d79", "#bbbbbb"],
+            strict=False,
+        )
+    )
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
         for place, name in enumerate(datasets):
@@ -283,7 +291,7 @@ def draw(results: dict[str, dict], datasets: list[str], seeds: int, path: Path) 
             if values:
                 at = place + (number - (len(methods) - 1) / 2) * width
                 label = method if place == 0 else None
-                axes.bar(at, np.mean(values), width * 0.92, color=colours[number], label=label)
+                axes.bar(at, np.mean(values), width * 0.92, color=colours[method], label=label)
                 axes.plot([at] * len(values), values, "k.", markersize=2.5)
     counts = [20 if name in GENES else 50 for name in datasets]
     axes.set_xticks(
