@@ -31,7 +31,7 @@ def _named(method: Method) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda recipe: recipe | {"method": method}
 
 
-def _gates(**changes: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _gates(**changes: str | float) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda recipe: recipe | {"method": SEQUENTIAL, "gates": recipe["gates"] | changes}
 
 
@@ -64,6 +64,23 @@ CONTENDERS: Mapping[str, Contender] = {
     "without_gradual_phase": Contender(
         "control: SA++ without the gradual phase",
         _gates(curve="at_once"),
+        is_control=True,
+    ),
+    "prior_alone": Contender(
+        "control: SA++'s prior, no training",
+        _gates(steps=0),
+        is_control=True,
+    ),
+    "as_published": Contender(
+        "control: SA++ as published, gates only",
+        _gates(
+            variant="plus_plus",
+            prior="none",
+            loss="next_token",
+            dense=0.3,
+            sparsify=0.4,
+            sparse=0.3,
+        ),
         is_control=True,
     ),
 }

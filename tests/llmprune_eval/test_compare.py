@@ -264,7 +264,9 @@ def test_the_command_line_writes_a_report_without_paths(recipe, tmp_path, monkey
 
 
 def test_controls_change_only_their_gates(recipe):
-    for name in ("gradual_magnitude", "without_gradual_phase"):
+    controls = [name for name, one in module.CONTENDERS.items() if one.is_control]
+    assert len(controls) == 4
+    for name in controls:
         changed = module.variant(recipe, name)
         assert changed.model_copy(update={"gates": recipe.gates}) == recipe
         assert changed.gates != recipe.gates
