@@ -78,6 +78,17 @@ def test_a_budget_that_pays_for_all_opens_every_gate_exactly(budget):
     assert torch.equal(logits.grad, torch.zeros(3))
 
 
+@pytest.mark.parametrize("cost", [0.1, 0.7, 7.7])
+def test_a_budget_that_whole_units_use_up_opens_them_and_no_other(cost):
+    """Where rounding alone decides whether the last of them saturates."""
+    for size in range(2, 9):
+        logits = 60 * vector(range(size, 0, -1))
+        for count in range(1, size):
+            gates = capped_softmax(logits, cost * count, vector([cost] * size))
+            expected = torch.cat([torch.ones(count), torch.zeros(size - count)]).double()
+            torch.testing.assert_close(gates, expected, atol=1e-6, rtol=0)
+
+
 def test_equal_logits_get_equal_gates_whatever_the_costs():
     gates = capped_softmax(torch.zeros(4), 5.0, torch.tensor([1.0, 2.0, 3.0, 4.0]))
     torch.testing.assert_close(gates, torch.full((4,), 0.5))

@@ -559,10 +559,10 @@ def test_capped_gates_with_costs_follow_the_budget_and_end_hard_within_it():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_unit_that_the_final_budget_cannot_pay_for_pushes_nobody_out(variant):
     group = Group.of_costs([1.0, 5.0, 1.0, 1.0], 3.0)
-    schedule = Schedule((Phase("sparsify", 4), Phase("sparse", 1)))
+    schedule = Schedule((Phase("sparsify", 40), Phase("sparse", 1)))
     scores = torch.tensor([0.1, 0.9, 0.2, 0.3])
     engine = SequentialAttention([group], schedule, variant=variant, priors=[scores])
-    for step in range(5):
+    for step in range(41):
         engine.gates(step)
     assert engine.survivors()[0].tolist() == [True, False, True, True]
 
@@ -620,6 +620,9 @@ def test_scores_are_for_the_magnitude_control_which_needs_them():
         engine.gates(0)
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         engine.set_scores([])
+    # a state that was taken up has them
+    engine.load_state(engine.state())
+    assert engine.gates(0)[0].tolist() == [1.0] * 3
 
 
 # the other control: no gradual phase
