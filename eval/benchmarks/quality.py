@@ -25,8 +25,9 @@ from llmprune_eval.contenders import CONTENDERS
 SUITE = Path(__file__).parents[1] / "suites" / "quality-smollm2-135m"
 RESULTS = Path(__file__).parents[1] / "results"
 NAME = "quality-smollm2-135m"
-# Controls stand in the main block alone.
-METHODS = [name for name, one in CONTENDERS.items() if not one.is_control]
+# The other controls stand in the main block alone.
+GRADUAL = "without_gradual_phase"
+METHODS = [name for name, one in CONTENDERS.items() if not one.is_control or name == GRADUAL]
 
 
 @dataclass(frozen=True)
