@@ -170,9 +170,11 @@ class GateTraining(_Part):
     """How SequentialAttention++ finds the survivors (docs/sequential-attention.md).
 
     `variant: plus_plus` is the published algorithm; `capped` the default for language models;
-    `magnitude` and `curve: at_once` are its controls: the same phases with weight norms in place of
-    learned logits, and no gradual phase. With `seeds` above 1 the gates are trained that often, on
-    the rows in different orders, and their logits averaged.
+    `magnitude` is its control, the same phases with weight norms in place of learned logits.
+    `curve` is how the budget falls in a sparsify phase: `gradual` as published, or `at_once`, the
+    final budget from the first step; without it `capped` takes `at_once`, the others `gradual`.
+    With `seeds` above 1 the gates are trained that often, on the rows in different orders, and
+    their logits averaged.
     `train` says what learns along with the logits. `dense`, `sparsify`, `sparse` are the shares of
     the steps in the phases of one cycle; `cycles` repeats it (the last sparse phase is the end).
     """
@@ -196,6 +198,13 @@ class GateTraining(_Part):
     cycles: Positive = 1
     temperature: tuple[float, float] = (1.0, 30.0)
     seeds: Positive = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _curve_of_variant(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("variant", "capped") == "capped":
+            return {"curve": "at_once", **data}
+        return data
 
     @model_validator(mode="after")
     def _phases_fill_the_run(self) -> GateTraining:

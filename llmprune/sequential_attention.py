@@ -17,8 +17,10 @@ theory speaks of. The three here share schedule, masks and bookkeeping:
 * `magnitude` - the control: masks move as in `plus_plus`, but by scores that are handed in, and
   no logit learns.
 
-A second control is the curve `at_once`, without the gradual phase: by the paper's own ablation
-about three quarters of its gain over plain alternation of dense and sparse phases come with it.
+The budget of a sparsification phase falls along the published curve (`gradual`) or is final from
+the first step (`at_once`). By the paper's own ablation about three quarters of its gain over plain
+alternation of dense and sparse phases come with the gradual curve; with capped gates, which are
+soft by themselves at first, it is the other way round (docs/sequential-attention.md).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ SUITE = Path(__file__).parents[1] / "suites" / "quality-smollm2-135m"
 RESULTS = Path(__file__).parents[1] / "results"
 NAME = "quality-smollm2-135m"
 # The other controls stand in the main block alone.
-GRADUAL = "without_gradual_phase"
+GRADUAL = "gradual"
 METHODS = [name for name, one in CONTENDERS.items() if not one.is_control or name == GRADUAL]
 
 

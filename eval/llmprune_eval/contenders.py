@@ -58,12 +58,12 @@ CONTENDERS: Mapping[str, Contender] = {
     "omp": Contender("group OMP, backward", _named("omp")),
     "gradual_magnitude": Contender(
         "control: gradual magnitude, weights train",
-        _gates(variant="magnitude", train="all", prior="none"),
+        _gates(variant="magnitude", train="all", prior="none", curve="gradual"),
         is_control=True,
     ),
-    "without_gradual_phase": Contender(
-        "control: SA++ without the gradual phase",
-        _gates(curve="at_once"),
+    "gradual": Contender(
+        "control: SA++ with the gradual phase",
+        _gates(curve="gradual"),
         is_control=True,
     ),
     "prior_alone": Contender(
@@ -75,6 +75,7 @@ CONTENDERS: Mapping[str, Contender] = {
         "control: SA++ as published, gates only",
         _gates(
             variant="plus_plus",
+            curve="gradual",
             prior="none",
             loss="next_token",
             dense=0.3,

@@ -109,3 +109,20 @@ def test_a_recipe_is_frozen(tmp_path):
 def test_rules_come_in_the_order_of_kinds(tmp_path):
     text = "model: {source: a/b}\nprune: {layers: {sparsity: 0.1}, heads: {sparsity: 0.5}}\n"
     assert list(read(tmp_path, text).prune.rules()) == ["heads", "layers"]
+
+
+@pytest.mark.parametrize(
+    ("gates", "curve"),
+    [
+        ({}, "at_once"),
+        ({"variant": "capped", "curve": "gradual"}, "gradual"),
+        ({"variant": "plus_plus", "dense": 0.5, "sparsify": 0.5}, "gradual"),
+        ({"variant": "plus_plus", "dense": 0.5, "sparsify": 0.5, "curve": "at_once"}, "at_once"),
+    ],
+)
+def test_the_budgets_curve_follows_the_variant_unless_it_is_named(gates, curve):
+    recipe = Recipe.parse(
+        {"model": {"source": "m"}, "prune": {"layers": {"sparsity": 0.5}}, "gates": gates}
+    )
+    assert recipe.gates.curve == curve
+    assert Recipe.parse(recipe.model_dump(mode="json")) == recipe
