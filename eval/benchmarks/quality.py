@@ -40,12 +40,12 @@ class Part:
 
 
 PARTS = {
-    "main": Part("main-25", None, Extent(refit="best:2")),
+    "main": Part("main-25", None, Extent(refit="best:4")),
     "mlp": Part("mlp-25", METHODS, Extent(refit="best:2")),
     "half": Part("main-50", METHODS, Extent(refit="best:2")),
     "mixed": Part("mixed-25", METHODS, Extent(refit="best:2")),
-    "recovery": Part("main-25", None, Extent(refit="best:2", recover="best:2")),
-    "seeds": Part("main-25", None, Extent(refit="best:2", recover="best:2", seeds=3)),
+    "recovery": Part("main-25", None, Extent(refit="best:4", recover="best:2")),
+    "seeds": Part("main-25", None, Extent(refit="best:4", recover="best:2", seeds=3)),
     "c4": Part("main-25-c4", METHODS, Extent(refit="best:2")),
 }
 
