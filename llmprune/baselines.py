@@ -99,6 +99,10 @@ def taylor_scores(
         labels: Whose next tokens the loss asks for.
         means: Mean activations that closed gates leave behind, or None for zeros.
         seed: Of the drawn labels.
+
+    Raises:
+        ValueError: Several rows at a time for order 2: their gradients would be summed before they
+            are squared.
     """
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
@@ -114,6 +118,8 @@ def taylor_scores(
     num_rows = 0
     try:
         for row in rows:
+            if order == 2 and len(row) != 1:
+                raise ValueError(f"order 2 takes one row at a time, got {len(row)}")
             row = row.to(device)
             logits = model(input_ids=row, use_cache=False).logits[:, :-1].flatten(0, 1).float()
             wanted = row[:, 1:].reshape(-1)

@@ -253,3 +253,11 @@ def test_gram_matrices_are_not_made_in_the_precision_of_the_forward_pass():
         torch.testing.assert_close(
             gram.diagonal().double(), found.squares[place], rtol=1e-5, atol=0
         )
+
+
+def test_squares_are_of_single_rows():
+    model = tiny.tiny_model("llama")
+    unit_map = map_units(model)
+    with pytest.raises(ValueError, match="one row at a time, got 2"):
+        taylor_scores(model, unit_map, rows(), ("heads",), order=2)
+    assert not any(module._forward_pre_hooks for module in model.modules())
