@@ -261,3 +261,14 @@ def test_squares_are_of_single_rows():
     with pytest.raises(ValueError, match="one row at a time, got 2"):
         taylor_scores(model, unit_map, rows(), ("heads",), order=2)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_fisher_draws_its_labels_and_squared_taylor_reads_them():
+    model = tiny.tiny_model("llama")
+    name = "layers.1.mlp_channels"
+    fisher, other = (scores_of("fisher", model, ("mlp_channels",), seed)[name] for seed in (0, 1))
+    squared, same = (
+        scores_of("taylor_squared", model, ("mlp_channels",), seed)[name] for seed in (0, 1)
+    )
+    assert not torch.equal(fisher, other)
+    assert torch.equal(squared, same)
