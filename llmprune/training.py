@@ -7,6 +7,7 @@ result does not depend on how many processes there are, and a resumed run sees t
 
 from __future__ import annotations
 
+import atexit
 import copy
 import math
 import warnings
@@ -51,14 +52,18 @@ AGREEMENT_SHUFFLES = 200
 
 
 def start_accelerator(training: Training, seed: int) -> Accelerator:
-    """The Accelerator of a run; seeds every generator.
+    """The Accelerator of a run; seeds every generator. Several processes part when they end.
 
     Args:
         training: Its `mixed_precision` is no longer `auto`.
         seed: Of every generator.
     """
     set_seed(seed)
-    return Accelerator(mixed_precision=training.mixed_precision)
+    accelerator = Accelerator(mixed_precision=training.mixed_precision)
+    if accelerator.num_processes > 1:
+        # threads of a process group that is still there can abort a process that is done
+        atexit.register(accelerator.end_training)
+    return accelerator
 
 
 def train_gates(

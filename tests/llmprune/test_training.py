@@ -522,18 +522,26 @@ def test_a_damaged_state_is_refused(damage, tmp_path):
 # several processes
 
 WORKER = """
+import atexit
 import os
 import sys
 from pathlib import Path
+
+import torch
 
 from tests.llmprune.test_training import HALF_OF_ALL, Trained, recipe_for
 from tests.llmprune.tiny import tiny_model
 
 variant, train, folder = sys.argv[1:]
+rank = os.environ.get("RANK", "alone")
+# what is registered first runs last
+atexit.register(
+    lambda: (Path(folder) / f"{rank}-grouped").write_text(str(torch.distributed.is_initialized()))
+)
 options = {"variant": variant, "train": train, "dense": 0.25, "sparsify": 0.5}
 recipe = recipe_for(HALF_OF_ALL, **options)
 trained = Trained(tiny_model("llama").float(), recipe)
-(Path(folder) / os.environ.get("RANK", "alone")).write_text(trained.plan.to_json())
+(Path(folder) / rank).write_text(trained.plan.to_json())
 """
 
 
@@ -557,6 +565,8 @@ def test_two_processes_find_the_plan_that_one_finds(variant, train_what, tmp_pat
         subprocess.run([*command, *arguments], check=True, env=environment, capture_output=True)
     alone, first, second = (tmp_path / name for name in ("alone", "0", "1"))
     assert first.read_bytes() == second.read_bytes()
+    # a process that ends inside its group can be aborted by the group's threads
+    assert {(tmp_path / f"{rank}-grouped").read_text() for rank in "01"} == {"False"}
     if variant == "capped":
         assert first.read_bytes() == alone.read_bytes()
     else:
