@@ -14,51 +14,53 @@ def capped_softmax(logits: Tensor, budget: float, costs: Tensor | None = None) -
     the rest.
 
     Args:
-        logits: Shape (n,), float.
+        logits: Shape (..., n), float; every row has a budget of its own.
         budget: In (0, sum of costs]; at the sum the result is exactly 1 everywhere.
         costs: Shape (n,), positive; default 1.
 
     Returns:
-        Gates in (0, 1], shape (n,).
+        Gates in (0, 1], of the shape of `logits`.
     """
-    num_units = logits.shape[0]
+    num_units = logits.shape[-1]
     costs = torch.ones(num_units) if costs is None else costs
     costs = costs.to(logits.device, torch.float64)
     if budget >= float(costs.sum()):
         # keeps the graph: a logit that has no say yet has gradient zero, not none
         return torch.ones_like(logits) + 0.0 * logits
-    ordered, order = logits.detach().double().sort(descending=True)
+    ordered, order = logits.detach().double().sort(-1, descending=True)
     paid = costs[order]
-    tail = torch.logcumsumexp((ordered + paid.log()).flip(0), 0).flip(0)
-    spent = paid.cumsum(0) - paid
+    tail = torch.logcumsumexp((ordered + paid.log()).flip(-1), -1).flip(-1)
+    spent = paid.cumsum(-1) - paid
     left = (budget - spent).clamp(min=torch.finfo(torch.float64).tiny)
     fits = (ordered - tail + left.log() <= 0) & (spent < budget)
     # true of the last unit that gets anything, whatever the rounding
-    fits[int((spent < budget).sum()) - 1] = True
-    count = int(fits.int().argmax())
-    free = order[count:]
-    price = costs[free].to(logits)
-    shares = torch.softmax(logits[free] + price.log(), 0) / price
-    return torch.ones_like(logits).index_put((free,), (budget - float(spent[count])) * shares)
+    fits.scatter_(-1, (spent < budget).sum(-1, keepdim=True) - 1, True)
+    count = fits.int().argmax(-1, keepdim=True)
+    is_free = order.argsort(-1) >= count
+    price = costs.to(logits)
+    shares = (logits + price.log()).masked_fill(~is_free, -torch.inf).softmax(-1) / price
+    rest = (budget - spent.gather(-1, count)).to(logits)
+    return torch.where(is_free, rest * shares, 1.0)
 
 
 def fill(values: Tensor, budget: float, costs: Tensor | None = None) -> Tensor:
     """Choose whole units for a budget: largest value first, passing over what no longer fits.
 
     Args:
-        values: Shape (n,); of equal ones the lower index comes first. Minus infinity: never.
+        values: Shape (n,), without costs also (..., n), each row with the budget for itself; of
+            equal ones the lower index comes first. Minus infinity: never.
         budget: What the chosen may cost together.
         costs: Shape (n,), positive; default 1.
 
     Returns:
-        Bool, shape (n,), True = chosen.
+        Bool, of the shape of `values`, True = chosen.
     """
-    chosen = torch.zeros(values.shape, dtype=torch.bool)
-    order = torch.sort(values.detach(), descending=True, stable=True).indices
-    order = order[values.detach()[order] > -torch.inf].cpu()
+    chosen = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+    order = torch.sort(values.detach(), dim=-1, descending=True, stable=True).indices
     if costs is None:
-        chosen[order[: int(budget)]] = True
-        return chosen.to(values.device)
+        chosen.scatter_(-1, order[..., : int(budget)], True)
+        return chosen & (values.detach() > -torch.inf)
+    order = order[values.detach()[order] > -torch.inf].cpu()
     prices = costs.tolist()
     # sums of costs carry rounding errors, which must not cost a unit
     left = budget * (1 + 1e-9)
@@ -66,4 +68,4 @@ def fill(values: Tensor, budget: float, costs: Tensor | None = None) -> Tensor:
         if prices[unit] <= left:
             left -= prices[unit]
             chosen[unit] = True
-    return chosen.to(values.device)
+    return chosen

@@ -14,14 +14,14 @@ from llmprune.sequential_attention import Group, SequentialAttention
 def group_of(pool: Pool) -> Group:
     """The pool as the engine has it."""
     if pool.costs is None or pool.budget is None:
-        return Group(pool.num_units, pool.num_kept)
+        return Group(pool.num_units, pool.num_kept, num_rows=pool.num_rows)
     return Group.of_costs(pool.costs, pool.budget)
 
 
 def starting_logits(priors: dict[str, Tensor], pools: list[Pool]) -> list[Tensor]:
-    """Logits to start from: the logarithm of the importance (per cost), mean 0 in each pool."""
-    starts = [_log_importance(priors, pool) for pool in pools]
-    return [(logits - logits.mean()).float() for logits in starts]
+    """Logits to start from: the logarithm of the importance (per cost), mean 0 in every row."""
+    starts = [_log_importance(priors, pool).view(pool.num_rows, -1) for pool in pools]
+    return [(logits - logits.mean(1, keepdim=True)).float().flatten() for logits in starts]
 
 
 def _log_importance(priors: dict[str, Tensor], pool: Pool) -> Tensor:

@@ -33,13 +33,15 @@ class Pool:
     """Units that compete: slices `[start, stop)` of unit groups, and how many of them stay.
 
     With `costs` (one per unit, mean 1) as many stay as a `budget` in the same measure pays for;
-    `num_kept` is then an estimate.
+    `num_kept` is then an estimate. With `num_rows` above 1 they compete within equal rows, each of
+    which keeps its share of `num_kept`.
     """
 
     members: tuple[tuple[str, int, int], ...]
     num_kept: int
     costs: tuple[float, ...] | None = None
     budget: float | None = None
+    num_rows: int = 1
 
     @property
     def num_units(self) -> int:

@@ -125,14 +125,24 @@ class Group:
         num_kept: How many stay; with costs, the most that may.
         costs: Cost per unit, positive, or None where all count alike.
         budget: With costs: what the units that stay may cost together.
+        num_rows: Equal groups side by side, in one tensor: units compete within their row of
+            `num_units / num_rows`, and every row keeps `num_kept / num_rows`. Without costs only.
     """
 
     num_units: int
     num_kept: int
     costs: tuple[float, ...] | None = None
     budget: float | None = None
+    num_rows: int = 1
 
     def __post_init__(self) -> None:
+        if self.num_units % self.num_rows or self.num_kept % self.num_rows:
+            raise ValueError(
+                f"rows of a group must be equal, got {self.num_units} units of which "
+                f"{self.num_kept} stay in {self.num_rows} rows"
+            )
+        if self.num_rows > 1 and self.costs is not None:
+            raise ValueError("a group of several rows takes no costs")
         if not 1 <= self.num_kept <= self.num_units:
             raise ValueError(
                 f"a group must keep between 1 and {self.num_units} units, got {self.num_kept}"
@@ -173,8 +183,12 @@ class Group:
         return self.final / self.total
 
     def budget_at(self, progress: float) -> float:
-        """Units (with costs: cost) allowed at `progress` of a sparsification phase; real."""
-        return self.total * (1 - sparsity_at(progress, 1 - self.density))
+        """Units (with costs: cost) allowed to a row at `progress` of a sparsification phase."""
+        return self.total * (1 - sparsity_at(progress, 1 - self.density)) / self.num_rows
+
+    def in_rows(self, values: Tensor) -> Tensor:
+        """A tensor of a value per unit, shape (num_units,), with rows as its last dimension."""
+        return values if self.num_rows == 1 else values.unflatten(0, (self.num_rows, -1))
 
 
 def attention(
@@ -186,20 +200,20 @@ def attention(
     paper's, exactly, but what is shared out is cost.
 
     Args:
-        logits: Shape (n,).
-        keep_mask: Bool, shape (n,); at least one True.
+        logits: Shape (..., n), every row a group.
+        keep_mask: Bool, of the same shape; at least one True in a row.
         density: Share of the units (of the cost) that the group keeps in the end.
         costs: Shape (n,), positive; default 1.
 
     Returns:
-        Shape (n,), zero where `keep_mask` is False, mean 1 (weighted by cost) over the rest before
+        Of the same shape, zero where `keep_mask` is False, mean 1 (weighted by cost) over the rest before
         clipping.
     """
     costs = torch.ones_like(logits) if costs is None else costs.to(logits)
     masked = logits.masked_fill(~keep_mask, -torch.inf)
-    weights = (masked - masked.detach().max()).exp()
+    weights = (masked - masked.detach().amax(-1, keepdim=True)).exp()
     # divided as one number, equal logits give exactly 1: both sums are then the same
-    scale = (costs * keep_mask).sum() / (costs * weights).sum()
+    scale = (costs * keep_mask).sum(-1, keepdim=True) / (costs * weights).sum(-1, keepdim=True)
     return (weights * scale).clamp(density, 1 / density) * keep_mask
 
 
@@ -287,13 +301,14 @@ class SequentialAttention(nn.Module):
             mask = self.keep_masks[index].to(logits.device)
             if self.variant == "magnitude":
                 return mask.to(logits.dtype)
-            return attention(logits, mask, group.density, costs)
+            rows, masks = group.in_rows(logits), group.in_rows(mask)
+            return attention(rows, masks, group.density, costs).flatten()
         if moment.kind == "dense":
             return capped_softmax(logits, math.inf)
         if moment.kind == "sparsify":
-            temperature = self._temperature_at(moment.progress)
-            return capped_softmax(temperature * logits, self._budget_at(group, moment), costs)
-        return self._fill(index, logits, group.final).to(logits) + 0.0 * logits
+            rows = self._temperature_at(moment.progress) * group.in_rows(logits)
+            return capped_softmax(rows, self._budget_at(group, moment), costs).flatten()
+        return self._fill(index, logits, group.final / group.num_rows).to(logits) + 0.0 * logits
 
     def _temperature_at(self, progress: float) -> float:
         first, last = self.temperature
@@ -303,11 +318,11 @@ class SequentialAttention(nn.Module):
         return group.budget_at(moment.progress if self.curve == "gradual" else 1.0)
 
     def _fill(self, index: int, values: Tensor, budget: float) -> Tensor:
-        """Bool mask of the units with the largest values that the budget pays for."""
+        """Bool mask of the units with the largest values that the budget of a row pays for."""
         group, costs = self.groups[index], self.costs[index]
         if costs is None:
             # the last step's budget is num_kept up to rounding errors, which must not add a unit
-            return fill(values, math.ceil(budget - 1e-9))
+            return fill(group.in_rows(values), math.ceil(budget - 1e-9)).flatten()
         # one that the final budget cannot pay for must not push out those that it can
         hopeless = (costs > group.final).to(values.device)
         return fill(values.masked_fill(hopeless, -torch.inf), budget, costs)
@@ -332,7 +347,8 @@ class SequentialAttention(nn.Module):
         chosen = []
         for index, (logits, mask) in enumerate(zip(self.logits, self.keep_masks, strict=True)):
             alive = logits.detach().cpu().masked_fill(~mask, -torch.inf)
-            chosen.append(self._fill(index, alive, self.groups[index].final))
+            group = self.groups[index]
+            chosen.append(self._fill(index, alive, group.final / group.num_rows))
         return chosen
 
     def scales(self) -> list[Tensor]:
@@ -341,7 +357,12 @@ class SequentialAttention(nn.Module):
         if self.variant != "plus_plus":
             return [keep_mask.float() for keep_mask in survivors]
         return [
-            attention(logits.detach().cpu(), keep_mask, group.density, costs)
+            attention(
+                group.in_rows(logits.detach().cpu()),
+                group.in_rows(keep_mask),
+                group.density,
+                costs,
+            ).flatten()
             for group, logits, keep_mask, costs in zip(
                 self.groups, self.logits, survivors, self.costs, strict=True
             )

@@ -698,3 +698,35 @@ def test_exactly_equal_units_never_part_and_a_swap_brings_one_back():
         best, _ = group_ompr(problem, keep_mask.nonzero().flatten().tolist(), 3)
         assert len({0, 1} & set(best)) == 1
         assert len(best) == 4
+
+
+@pytest.mark.parametrize("variant", ["capped", "plus_plus", "magnitude"])
+@pytest.mark.parametrize("curve", ["gradual", "at_once"])
+def test_rows_of_one_group_are_groups_of_their_own(variant, curve):
+    generator = torch.Generator().manual_seed(3)
+    starts = [torch.randn(7, generator=generator) for _ in range(4)]
+    schedule = Schedule.of_cycles(9, dense=0.2, sparsify=0.6, sparse=0.2)
+    options = {"variant": variant, "curve": curve}
+    apart = SequentialAttention([Group(7, 3)] * 4, schedule, priors=starts, **options)
+    together = SequentialAttention(
+        [Group(28, 12, num_rows=4)], schedule, priors=[torch.cat(starts)], **options
+    )
+    weights = torch.randn(28, generator=generator)
+    for step in range(schedule.num_steps):
+        wanted, (got,) = torch.cat(apart.gates(step)), together.gates(step)
+        torch.testing.assert_close(got, wanted)
+        if variant != "magnitude":
+            slopes = torch.autograd.grad((wanted * weights).sum(), list(apart.logits))
+            (slope,) = torch.autograd.grad((got * weights).sum(), [together.logits[0]])
+            torch.testing.assert_close(slope, torch.cat(slopes))
+    assert torch.equal(torch.cat(apart.survivors()), together.survivors()[0])
+    assert together.survivors()[0].view(4, 7).sum(1).tolist() == [3] * 4
+    torch.testing.assert_close(torch.cat(apart.scales()), together.scales()[0])
+    assert torch.equal(torch.cat(apart.dropped_at), together.dropped_at[0])
+
+
+@pytest.mark.parametrize("options", [{"num_kept": 5}, {"num_kept": 4, "costs": (1.0,) * 8}])
+def test_rows_that_are_no_equal_groups_are_refused(options):
+    budget = 4.0 if "costs" in options else None
+    with pytest.raises(ValueError, match="rows"):
+        Group(8, num_rows=2, budget=budget, **options)
