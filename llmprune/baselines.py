@@ -7,7 +7,7 @@ unit group and across the groups of one kind; how far across kinds, each functio
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -104,14 +104,46 @@ def taylor_scores(
         ValueError: Several rows at a time for order 2: their gradients would be summed before they
             are squared.
     """
+    gates = attach_gates(model, unit_map, kinds, means)
+    sizes = {name: unit_map.groups[name].num_units for name in gates.group_names}
+    try:
+        return gate_slopes(model, gates, sizes, rows, order=order, labels=labels, seed=seed)
+    finally:
+        gates.detach()
+
+
+class SettableGates(Protocol):
+    """Gates of any kind: values by group name."""
+
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Take new values."""
+
+
+def gate_slopes(
+    model: PreTrainedModel,
+    gates: SettableGates,
+    sizes: Mapping[str, int],
+    rows: Iterable[Tensor],
+    *,
+    order: Literal[1, 2],
+    labels: Labels,
+    seed: int,
+) -> dict[str, Tensor]:
+    """What the gradients of open gates say, by group, float64; see `taylor_scores`.
+
+    Args:
+        model: What the gates are on; its weights stay.
+        gates: They are left at 1.
+        sizes: Group -> gates in it.
+        rows: Token rows.
+        order: 1 or 2.
+        labels: Whose next tokens the loss asks for.
+        seed: Of the drawn labels.
+    """
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
-    gates = attach_gates(model, unit_map, kinds, means)
     device = model.device
-    values = {
-        name: torch.ones(unit_map.groups[name].num_units, device=device, requires_grad=True)
-        for name in gates.group_names
-    }
+    values = {n: torch.ones(size, device=device, requires_grad=True) for n, size in sizes.items()}
     gates.set(values)
     generator = torch.Generator(device).manual_seed(seed)
     found = {n: torch.zeros(len(v), dtype=torch.float64) for n, v in values.items()}
@@ -133,7 +165,7 @@ def taylor_scores(
                 found[name] += exact.square() / 2 if order == 2 else exact
             num_rows += len(row)
     finally:
-        gates.detach()
+        gates.set({name: value.detach() for name, value in values.items()})
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(was_trainable[name])
     return {name: value.abs() / max(1, num_rows) for name, value in found.items()}

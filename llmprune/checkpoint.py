@@ -16,17 +16,22 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmprune.weight_blocks import BlockPlan
+
 # Where a run folder keeps its model.
 MODEL_FOLDER = "model"
 
 
 def save_pruned(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    blocks: BlockPlan | None = None,
 ) -> None:
     """Write weights (safetensors), config, generation config and tokenizer, all or nothing.
 
     A model whose layers differ takes its modeling file along, so that stock transformers loads it
-    with `trust_remote_code=True`.
+    with `trust_remote_code=True`; one whose weight blocks were pruned the index of `blocks`.
 
     Raises:
         InputError: The disk is full or the place can't be written; nothing is left behind.
@@ -41,6 +46,10 @@ def save_pruned(
 
             source = Path(modeling_pruned.__file__)
             shutil.copy(source, temporary / source.name)
+        if blocks is not None:
+            from llmprune.block_sparse import save_block_index
+
+            save_block_index(blocks, temporary)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
@@ -58,6 +67,7 @@ def load_pruned(
     *,
     revision: str | None = None,
     dtype: torch.dtype | str = "auto",
+    block_sparse: bool = False,
 ) -> PreTrainedModel:
     """Load what `prune` wrote, in eval mode; no remote code is run.
 
@@ -65,9 +75,12 @@ def load_pruned(
         source: A run folder, a model folder or a Hub id.
         revision: Branch, tag or commit on the Hub.
         dtype: Of the weights; `auto` takes the saved one.
+        block_sparse: Put `llmprune_kernels.BlockSparseLinear` in the place of the projections whose
+            weight blocks were pruned; without it they are dense, with zeros.
 
     Raises:
-        InputError: There is no model there, or its weights are damaged.
+        InputError: There is no model there, its weights are damaged, or `block_sparse` is asked of
+            one that no weight blocks were pruned from.
     """
     from transformers import AutoModelForCausalLM
 
@@ -83,7 +96,36 @@ def load_pruned(
         ) from error
     except OSError as error:
         raise InputError(f"{source}: holds no model ({' '.join(str(error).split())})") from error
+    if block_sparse:
+        _swap_in_blocks(model, name, revision)
     return model.eval()
+
+
+def load_block_sparse(folder: str | Path) -> PreTrainedModel:
+    """`load_pruned` with its block-sparse layers."""
+    return load_pruned(folder, block_sparse=True)
+
+
+def has_blocks(folder: Path) -> bool:
+    """Whether weight blocks were pruned from the model of a folder."""
+    from llmprune.block_sparse import INDEX_FILE
+
+    return (Path(model_folder(folder)) / INDEX_FILE).is_file()
+
+
+def _swap_in_blocks(model: PreTrainedModel, name: str, revision: str | None) -> None:
+    from transformers.utils import cached_file
+
+    from llmprune.block_sparse import INDEX_FILE, make_block_sparse, read_block_index
+
+    try:
+        file = cached_file(name, str(INDEX_FILE), revision=revision)
+    except OSError as error:
+        raise InputError(
+            f"{name}: block_sparse needs a model that weight blocks were pruned from, there is no "
+            f"{INDEX_FILE}; load it without"
+        ) from error
+    make_block_sparse(model, *read_block_index(Path(file)))
 
 
 def model_folder(source: str | Path) -> str | Path:

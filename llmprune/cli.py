@@ -74,6 +74,14 @@ def prune(
     from llmprune.recipe import Recipe
 
     read = Recipe.read(recipe, set)
+    if dry_run and read.prune.weight_blocks is not None:
+        from llmprune.display import block_table
+        from llmprune.estimate import meta_model
+        from llmprune.weight_blocks import map_blocks
+
+        block_map = map_blocks(meta_model(read.model), read.prune.weight_blocks)
+        console.print(block_table(block_map, "dry run: nothing is trained or written"))
+        return
     if dry_run:
         from llmprune.display import estimate_table
         from llmprune.estimate import estimate_run
@@ -111,17 +119,21 @@ def plan(
     ] = None,
 ) -> None:
     """Choose again for another budget from the scores of a run; trains nothing."""
-    from llmprune.display import plan_table
-    from llmprune.replanning import replan
+    from llmprune.display import block_table, plan_table
+    from llmprune.replanning import replan, replan_blocks
     from llmprune_eval.speed import phase_ms
 
     _quieten_transformers()
-    found = replan(folder, budget, out, measure=phase_ms)
-    console.print(plan_table(found))
-    recipe = found.folder / "recipe.yaml"
+    if _recipe_of(folder).prune.weight_blocks is not None:
+        target, block_map = replan_blocks(folder, budget, out)
+        console.print(block_table(block_map, "planned: nothing is trained or zeroed"))
+    else:
+        found = replan(folder, budget, out, measure=phase_ms)
+        target = found.folder
+        console.print(plan_table(found))
     console.print(
-        f"wrote {found.folder / 'plan.json'}; go on with: "
-        f"llmprune prune {recipe} --out {found.folder} --resume",
+        f"wrote {target / 'plan.json'}; go on with: "
+        f"llmprune prune {target / 'recipe.yaml'} --out {target} --resume",
         soft_wrap=True,
     )
 
@@ -278,11 +290,11 @@ def _quieten_transformers() -> None:
 def _both_models(folder: Path, recipe: Recipe) -> tuple[LoadedModel, PreTrainedModel]:
     import torch
 
-    from llmprune.checkpoint import load_pruned
+    from llmprune.checkpoint import has_blocks, load_pruned
     from llmprune.sources import load_dense
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pruned = load_pruned(folder)
+    pruned = load_pruned(folder, block_sparse=has_blocks(folder))
     dense = load_dense(recipe.model)
     dense.model.to(device)
     return dense, pruned.to(device)

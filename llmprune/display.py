@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from llmprune.cost import Cost
     from llmprune.estimate import Estimate
     from llmprune.latency import Promise
-    from llmprune.pipeline import OnProgress
     from llmprune.replanning import Replanned
+    from llmprune.run_steps import OnProgress
     from llmprune.units import UnitMap
+    from llmprune.weight_blocks import BlockedProjection, BlockMap
 
 
 @contextmanager
@@ -184,6 +185,26 @@ def plan_table(found: Replanned) -> Table:
         table.add_row(label, *(_span(column) for column in counts))
     table.add_section()
     _add_costs(table, found.dense, found.pruned, found.promise)
+    return table
+
+
+def block_table(block_map: BlockMap, title: str) -> Table:
+    """Which projections are pruned in which blocks, and how many of them stay."""
+    table = Table(title=title)
+    for column in ("projection", "of them", "weight", "block", "blocks", "kept", "density"):
+        table.add_column(column, justify="left" if column == "projection" else "right")
+    alike: dict[Any, list[BlockedProjection]] = {}
+    for name, one in block_map.projections.items():
+        key = (name.rpartition(".")[2], one.out_features, one.in_features, one.block)
+        alike.setdefault(key, []).append(one)
+    for (kind, out_features, in_features, block), projections in alike.items():
+        blocks = sum(one.num_blocks for one in projections)
+        kept = sum(one.num_kept for one in projections)
+        sizes = f"{out_features} x {in_features}", f"{block[0]} x {block[1]}"
+        counts = f"{blocks:,}", f"{kept:,}", f"{kept / blocks:.3f}"
+        table.add_row(kind, str(len(projections)), *sizes, *counts)
+    table.add_section()
+    table.add_row("all", str(len(block_map.projections)), *[""] * 4, f"{block_map.density:.3f}")
     return table
 
 

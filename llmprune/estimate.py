@@ -15,9 +15,9 @@ from llmprune.cut_config import check_form
 from llmprune.latency import Measure, Promise, table_for
 from llmprune.precision import faster_precision
 from llmprune.recipe import ModelSource, Recipe
-from llmprune.self_generated import SELF_GENERATED
 from llmprune.sources import load_config
 from llmprune.targets import Targets, target_widths, targets_of
+from llmprune.texts import SELF_GENERATED
 from llmprune.units import UnitMap, map_units
 
 if TYPE_CHECKING:

@@ -88,6 +88,14 @@ class Gates:
         finally:
             self._are_open = were_open
 
+    def magnitudes(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """The weight norm of every unit that has a gate, by group."""
+        # baselines import gates
+        from llmprune.baselines import magnitude_scores
+
+        kinds = {self.unit_map.groups[name].kind for name in self.group_names}
+        return magnitude_scores(model, self.unit_map, kinds)
+
     def detach(self) -> None:
         """Take every hook off; the model is what it was before `attach_gates`."""
         for handle in self._handles:

@@ -6,10 +6,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from llmprune.errors import InputError
 from llmprune.overrides import apply_override, kind_of
+from llmprune.recipe_training import (
+    GateTraining,
+    Part,
+    Positive,
+    Reconstruction,
+    Recovery,
+    Training,
+)
 
 UnitKind = Literal[
     "heads",
@@ -22,15 +30,10 @@ UnitKind = Literal[
 ]
 UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
 
-Positive = Annotated[int, Field(ge=1)]
 Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelSource(_Part):
+class ModelSource(Part):
     """Where the dense model comes from.
 
     `source` and `fallback` are a Hub id, a folder, a GGUF file, or
@@ -46,14 +49,15 @@ class ModelSource(_Part):
     trust_remote_code: bool = False
 
 
-class TextSource(_Part):
+class TextSource(Part):
     """A text: `builtin:python-reference`, a local file, or a Hub data set.
 
     To calibrate on there is also `builtin:self-generated`: what the dense model itself writes.
     A .jsonl, .json or .parquet file (a .gz, too) is a table with the text in `column`; any other
     file is one plain text. The built-in text has the splits `train` and `test`. `fallback` (a
-    local file or the built-in text) is taken, and said so, where `dataset` is a Hub data set that
-    can be reached neither on the network nor in the cache; `column` holds for it, too.
+    local file or the built-in text; to calibrate on also self-generated rows) is taken, and said
+    so, where `dataset` is a Hub data set that can be reached neither on the network nor in the
+    cache; `column` holds for it, too.
     """
 
     dataset: str
@@ -71,7 +75,7 @@ class Calibration(TextSource):
     row_length: Annotated[int, Field(ge=8)] = 256
 
 
-class KindRule(_Part):
+class KindRule(Part):
     """What may go of one kind of unit.
 
     Without `sparsity` (the share of units removed) the kind takes its part of `budget`.
@@ -86,10 +90,26 @@ class KindRule(_Part):
     scope: Literal["layer", "model"] = "layer"
 
 
-class Prune(_Part):
+class WeightBlocks(Part):
+    """Rectangles of weights that become zero; the model keeps its shape.
+
+    `block` is (rows, columns) in output and input features; a projection that it does not divide
+    takes the nearest block that fits. `modules` names the sublayers whose projections are pruned.
+    `rows: balanced` leaves equally many blocks in every block row of a projection (no program of a
+    kernel waits for another), `free` lets them compete across the projection.
+    """
+
+    block: tuple[Literal[16, 32, 64, 128], Literal[16, 32, 64, 128]] = (128, 32)
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)]
+    modules: tuple[Literal["attention", "mlp"], ...] = Field(("mlp",), min_length=1)
+    rows: Literal["balanced", "free"] = "balanced"
+
+
+class Prune(Part):
     """The kinds of unit that may be removed; a kind that is not named stays whole.
 
     Counts of pruned heads, KV groups and MLP channels are multiples of `tensor_parallel_size`.
+    `weight_blocks` stands alone: prune units first, and the result by another recipe.
     """
 
     heads: KindRule | None = None
@@ -99,6 +119,7 @@ class Prune(_Part):
     attention_sublayers: KindRule | None = None
     mlp_sublayers: KindRule | None = None
     layers: KindRule | None = None
+    weight_blocks: WeightBlocks | None = None
     tensor_parallel_size: Positive = 1
 
     def rules(self) -> dict[UnitKind, KindRule]:
@@ -107,7 +128,7 @@ class Prune(_Part):
         return {kind: rule for kind, rule in named if rule is not None}
 
 
-class Budget(_Part):
+class Budget(Part):
     """How much must go: exactly one of `sparsity`, `latency_ms` and `latency`.
 
     `sparsity` is a share of the total named by `of`; `latency` a ratio to the dense model's time
@@ -138,20 +159,6 @@ class Budget(_Part):
 BUDGET_GOALS = ("sparsity", "latency_ms", "latency")
 
 
-class Optimizer(_Part):
-    """How many steps, on how many rows each, at what rate.
-
-    `batch_size` counts rows per optimizer step over all processes; `micro_batch_size` is what one
-    process holds at a time (the rest is accumulated).
-    """
-
-    steps: Annotated[int, Field(ge=0)]
-    batch_size: Positive = 2
-    micro_batch_size: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0.0)]
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-
-
 Method = Literal[
     "sequential_attention",
     "random",
@@ -163,98 +170,11 @@ Method = Literal[
     "block_influence",
     "omp",
 ]
-Prior = Literal["fisher", "activation", "omp", "none"]
+# Those of them that score weight blocks.
+BLOCK_METHODS = ("sequential_attention", "random", "magnitude", "wanda", "taylor", "taylor_squared")
 
 
-class GateTraining(_Part):
-    """How SequentialAttention++ finds the survivors (docs/sequential-attention.md).
-
-    `variant: plus_plus` is the published algorithm; `capped` the default for language models;
-    `magnitude` is its control, the same phases with weight norms in place of learned logits.
-    `curve` is how the budget falls in a sparsify phase: `gradual` as published, or `at_once`, the
-    final budget from the first step; without it `capped` takes `at_once`, the others `gradual`.
-    With `seeds` above 1 the gates are trained that often, on the rows in different orders, and
-    their logits averaged.
-    `train` says what learns along with the logits. `dense`, `sparsify`, `sparse` are the shares of
-    the steps in the phases of one cycle; `cycles` repeats it (the last sparse phase is the end).
-    """
-
-    variant: Literal["capped", "plus_plus", "magnitude"] = "capped"
-    curve: Literal["gradual", "at_once"] = "gradual"
-    loss: Literal["distillation", "next_token"] = "distillation"
-    train: Literal["gates", "lora", "all"] = "gates"
-    prior: Prior = "fisher"
-    prior_rows: Positive = 64
-    steps: Annotated[int, Field(ge=0)] = 60
-    batch_size: Positive = 2
-    micro_batch_size: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    weights_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
-    lora_rank: Positive = 8
-    dense: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    sparsify: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    sparse: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    cycles: Positive = 1
-    temperature: tuple[float, float] = (1.0, 30.0)
-    seeds: Positive = 1
-
-    @model_validator(mode="before")
-    @classmethod
-    def _curve_of_variant(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("variant", "capped") == "capped":
-            return {"curve": "at_once", **data}
-        return data
-
-    @model_validator(mode="after")
-    def _phases_fill_the_run(self) -> GateTraining:
-        total = self.dense + self.sparsify + self.sparse
-        if abs(total - 1.0) > 1e-6:
-            raise ValueError(f"dense + sparsify + sparse must be 1, got {total:g}")
-        if self.variant == "plus_plus" and self.prior == "none" and not self.dense:
-            raise ValueError(
-                "variant: plus_plus with prior: none must begin with a dense phase, got dense 0: "
-                "units would leave before a logit has learned anything"
-            )
-        if self.variant == "magnitude" and self.train != "all":
-            raise ValueError(
-                f"variant: magnitude needs train: all, got {self.train}: with fixed weights it is "
-                "method: magnitude"
-            )
-        if self.seeds > 1 and (self.train != "gates" or self.variant != "capped"):
-            raise ValueError(
-                f"seeds: {self.seeds} needs train: gates and variant: capped, got {self.train} and "
-                f"{self.variant}: only logits can be averaged"
-            )
-        if not 0 < self.temperature[0] <= self.temperature[1]:
-            raise ValueError(f"temperature must be 0 < first <= last, got {self.temperature}")
-        return self
-
-
-class Reconstruction(_Part):
-    """Least-squares refit of what writes to the residual stream, on the calibration rows.
-
-    `ridge` pulls towards the cut weights, as a share of the mean squared input.
-    """
-
-    num_rows: Positive = 64
-    ridge: Annotated[float, Field(gt=0.0)] = 1e-3
-
-
-class Recovery(_Part):
-    """The training after the cut: `loss` against the dense model on the calibration rows."""
-
-    train: Literal["lora", "all"] = "all"
-    loss: Literal["distillation", "next_token"] = "distillation"
-    steps: Annotated[int, Field(ge=0)] = 0
-    batch_size: Positive = 2
-    micro_batch_size: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    lora_rank: Positive = 8
-
-
-class Export(_Part):
+class Export(Part):
     """What is written: `uniform` loads in stock classes, `per_layer` lets layers differ."""
 
     format: Literal["uniform", "per_layer"] = "uniform"
@@ -268,7 +188,7 @@ class PerplexityTask(TextSource):
     max_windows: Positive | None = None
 
 
-class SpeedTask(_Part):
+class SpeedTask(Part):
     """Latency of prefill (`context` tokens a row) and of `new_tokens` decode steps."""
 
     batch_size: Positive = 1
@@ -277,7 +197,7 @@ class SpeedTask(_Part):
     rounds: Annotated[int, Field(ge=3)] = 7
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """What is measured on the dense and the pruned model."""
 
     perplexity: tuple[PerplexityTask, ...] = ()
@@ -285,19 +205,7 @@ class Evaluation(_Part):
     prompt: str = "The capital of France is"
 
 
-class Training(_Part):
-    """What both loops share.
-
-    `mixed_precision: auto` takes bf16 where a matrix product in it is clearly faster on the machine
-    that begins the run; what was taken stands in the run folder's recipe.yaml.
-    """
-
-    mixed_precision: Literal["no", "bf16", "auto"] = "no"
-    activation_checkpointing: bool = False
-    save_every: Positive = 5
-
-
-class Recipe(_Part):
+class Recipe(Part):
     """Everything a run needs. Read one with `Recipe.read(path)`.
 
     `method` is how units are scored: `sequential_attention` trains gates as `gates` says; the
@@ -322,8 +230,14 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _parts_agree(self) -> Recipe:
         rules = self.prune.rules()
+        if self.prune.weight_blocks is not None:
+            self._fits_weight_blocks(rules)
+            return self
         if not rules:
-            raise ValueError(f"prune must name at least one kind of unit ({', '.join(UNIT_KINDS)})")
+            raise ValueError(
+                f"prune must name at least one kind of unit ({', '.join(UNIT_KINDS)}) or "
+                "weight_blocks"
+            )
         open_kinds = [kind for kind, rule in rules.items() if rule.sparsity is None]
         if open_kinds and self.budget is None:
             raise ValueError(f"prune.{open_kinds[0]} has no sparsity and there is no budget")
@@ -339,6 +253,26 @@ class Recipe(_Part):
                     "it needs export.format: per_layer"
                 )
         return self
+
+    def _fits_weight_blocks(self, rules: dict[UnitKind, KindRule]) -> None:
+        """Refuse what has no meaning where the model keeps its shape."""
+        conflicts = {
+            f"prune.{next(iter(rules), '')}": bool(rules),
+            "budget": self.budget is not None,
+            "compensation: mean": self.compensation != "none",
+            "reconstruction": self.reconstruction is not None,
+            "recovery.train: lora": self.recovery.train != "all" and self.recovery.steps > 0,
+            "gates.train: lora": self.gates.train == "lora",
+            "export.format: per_layer": self.export.format != "uniform",
+            f"gates.prior: {self.gates.prior}": self.gates.prior == "omp",
+            f"method: {self.method}": self.method not in BLOCK_METHODS,
+        }
+        for name, is_there in conflicts.items():
+            if is_there:
+                raise ValueError(
+                    f"prune.weight_blocks can't be combined with {name}; take it out, or use a "
+                    "second recipe on the result of the first"
+                )
 
     def _budget_fits(self, budget: Budget, rules: dict[UnitKind, KindRule]) -> None:
         if budget.sparsity is None and "hidden_channels" in rules:

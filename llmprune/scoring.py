@@ -16,7 +16,8 @@ from llmprune.baselines import (
     taylor_scores,
 )
 from llmprune.compensation import UnitMeans
-from llmprune.recipe import Method, Prior, UnitKind
+from llmprune.recipe import Method, UnitKind
+from llmprune.recipe_training import Prior
 from llmprune.statistics import ActivationStatistics, collect_statistics
 from llmprune.units import UnitMap
 

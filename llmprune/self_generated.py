@@ -19,11 +19,11 @@ from torch import Tensor
 from llmprune.calibration import CalibrationSet
 from llmprune.errors import InputError
 from llmprune.files import save_tensors
+from llmprune.texts import SELF_GENERATED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SELF_GENERATED = "builtin:self-generated"
 CORPUS = "self-generated"
 # Rows sampled at once: decoding costs little more for many rows than for one.
 ROWS_AT_ONCE = 128

@@ -206,8 +206,8 @@ def attention(
         costs: Shape (n,), positive; default 1.
 
     Returns:
-        Of the same shape, zero where `keep_mask` is False, mean 1 (weighted by cost) over the rest before
-        clipping.
+        Of the same shape, zero where `keep_mask` is False, mean 1 (weighted by cost) over the rest
+        of a row before clipping.
     """
     costs = torch.ones_like(logits) if costs is None else costs.to(logits)
     masked = logits.masked_fill(~keep_mask, -torch.inf)

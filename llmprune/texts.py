@@ -11,12 +11,14 @@ from typing import IO, Any, TypeVar
 
 from llmprune.downloads import UnreachableError, ask_hub, looks_like_path, one_line
 from llmprune.errors import InputError
-from llmprune.recipe import TextSource
+from llmprune.recipe import Calibration, TextSource
 
 logger = logging.getLogger("llmprune")
 
 TEXT_SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".gz", ".parquet")
 PYTHON_REFERENCE = "builtin:python-reference"
+# Rows that the dense model writes itself: to calibrate on, not to measure on.
+SELF_GENERATED = "builtin:self-generated"
 
 _CORPORA = (
     (re.compile(r"wiki-?text|(^|[^a-z])wiki[._-](train|test|valid)"), "wikitext"),
@@ -71,7 +73,7 @@ def read_texts(text: TextSource) -> list[str]:
     elif text.dataset.startswith("builtin:"):
         raise InputError(
             f"a builtin text must be {PYTHON_REFERENCE} (or, to calibrate on, "
-            f"builtin:self-generated), got {text.dataset}"
+            f"{SELF_GENERATED}), got {text.dataset}"
         )
     elif path.is_file():
         rows = _read_text_file(path, text)
@@ -118,9 +120,10 @@ def _is_on_hub(dataset: str) -> bool:
 
 
 def _fallback_of(text: Text, fallback: str) -> Text:
-    if fallback != PYTHON_REFERENCE and not Path(fallback).expanduser().is_file():
+    built_in = [PYTHON_REFERENCE, *([SELF_GENERATED] if isinstance(text, Calibration) else [])]
+    if fallback not in built_in and not Path(fallback).expanduser().is_file():
         raise InputError(
-            f"{text_name(text)}: fallback must be a local file or {PYTHON_REFERENCE}, got "
+            f"{text_name(text)}: fallback must be a local file or {' or '.join(built_in)}, got "
             f"{fallback}; check the path"
         )
     # The Hub also takes a slice of a split, as in test[:10%].

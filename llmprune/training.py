@@ -1,20 +1,20 @@
-"""The calibration and recovery loops on Accelerate; the only file that imports it.
+"""The calibration loop on Accelerate; the only file that imports it.
 
-Both loops take the global batch of a step from the calibration set as a pure function of the step,
-share its rows out over the processes, and sum the gradients over micro-batches and processes: the
-result does not depend on how many processes there are, and a resumed run sees the same rows.
+This loop and that of recovery take the global batch of a step from the calibration set as a pure
+function of the step, share its rows out over the processes, and sum the gradients over
+micro-batches and processes: the result does not depend on how many processes there are, and a
+resumed run sees the same rows.
 """
 
 from __future__ import annotations
 
 import atexit
 import copy
-import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -22,10 +22,9 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from llmprune.baselines import magnitude_scores
+from llmprune.batches import Batches, OnStep, loss_of, set_rate
 from llmprune.errors import InputError
 from llmprune.files import save_tensors
-from llmprune.gates import Gates
 from llmprune.pool_logits import group_of, importances_of, starting_logits
 from llmprune.scores import UnitScores
 from llmprune.selection import Pool
@@ -37,16 +36,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmprune.calibration import CalibrationSet
-    from llmprune.recipe import GateTraining, Recipe, Recovery, Training, UnitKind
+    from llmprune.recipe import GateTraining, Recipe, Training
 
-Loss = Literal["distillation", "next_token"]
-# step, of how many, the step's loss
-OnStep = Callable[[int, int, float], None]
+
+class TrainableGates(Protocol):
+    """Gates of any kind: on units of a model, or on blocks of its weights."""
+
+    group_names: tuple[str, ...]
+
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Take new values, by group."""
+
+    def opened(self) -> AbstractContextManager[None]:
+        """All gates open inside the block."""
+
+    def magnitudes(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """The weight norm of every unit, by group."""
+
 
 STATE_FORMAT = "llmprune-gate-state/1"
-# Share of the steps over which the weights' learning rate rises, and where its cosine ends.
-WARM_UP = 0.1
-FINAL_RATE = 0.1
 # The 95th percentile of a null of this size is known within two or three percent of itself.
 AGREEMENT_SHUFFLES = 200
 
@@ -68,7 +76,7 @@ def start_accelerator(training: Training, seed: int) -> Accelerator:
 
 def train_gates(
     model: PreTrainedModel,
-    gates: Gates,
+    gates: TrainableGates,
     calibration_set: CalibrationSet,
     pools: list[Pool],
     *,
@@ -115,7 +123,7 @@ def train_gates(
 
 def _train_engine(
     model: PreTrainedModel,
-    gates: Gates,
+    gates: TrainableGates,
     calibration_set: CalibrationSet,
     pools: list[Pool],
     *,
@@ -143,7 +151,7 @@ def _train_engine(
     optimizer = _gate_optimizer(engine, weights, settings)
     first = _resume(run, engine, weights, optimizer)
     batches = Batches(run.accelerator, calibration_set, settings, recipe.training)
-    loss_of = _loss_of(settings.loss, model, run.teacher)
+    loss_of_rows = loss_of(settings.loss, model, run.teacher)
     with checkpointing(model, recipe.training):
         for step in range(first, num_steps):
             if engine.schedule.at(step).begins_phase:
@@ -152,14 +160,13 @@ def _train_engine(
 
             if settings.variant == "magnitude":
                 # the norms move with the weights that learn along
-                norms = magnitude_scores(model, gates.unit_map, _kinds_of(gates))
-                engine.set_scores(starting_logits(norms, pools))
+                engine.set_scores(starting_logits(gates.magnitudes(model), pools))
 
             def set_gates(step: int = step) -> None:
                 gates.set(_unpooled(engine.gates(step), pools, gates))
 
-            _set_rate(optimizer, "weights", settings.weights_learning_rate, step, settings.steps)
-            loss = batches.train_step(step, optimizer, loss_of, before_each=set_gates)
+            set_rate(optimizer, "weights", settings.weights_learning_rate, step, settings.steps)
+            loss = batches.train_step(step, optimizer, loss_of_rows, before_each=set_gates)
             done = step + 1
             is_whole = done == num_steps and settings.seeds > 1
             if is_whole or (done % recipe.training.save_every == 0 and done < num_steps):
@@ -188,54 +195,6 @@ def _agreement(engines: list[SequentialAttention], starts: list[Tensor] | None) 
             stacklevel=2,
         )
     return {"rank_correlation": correlation, "chance": chance}
-
-
-def _kinds_of(gates: Gates) -> set[UnitKind]:
-    return {gates.unit_map.groups[name].kind for name in gates.group_names}
-
-
-def recover(
-    model: PreTrainedModel,
-    calibration_set: CalibrationSet,
-    *,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    teacher: PreTrainedModel | None,
-    on_step: OnStep,
-    first_row: int = 0,
-) -> None:
-    """Train the pruned model's weights for a while, in place; adapters are merged at the end.
-
-    Args:
-        model: The cut model.
-        calibration_set: The rows to train on.
-        recipe: Its `recovery`, `training` and `seed` are used.
-        accelerator: Of this run.
-        teacher: The dense model; needed where `recipe.recovery.loss` is distillation.
-        on_step: Called after every step.
-        first_row: Where in the calibration set to begin: a reconstruction fits the rows that it
-            saw so closely that they have little left to teach.
-    """
-    settings = recipe.recovery
-    weights = TrainedWeights(model, settings.train, settings.lora_rank, recipe.seed)
-    groups = [{"params": list(weights.parameters.values()), "name": "weights"}]
-    optimizer = torch.optim.AdamW(
-        groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    batches = Batches(accelerator, calibration_set, settings, recipe.training)
-    offset = first_row // settings.batch_size
-
-    def teach(rows: Tensor) -> Tensor:
-        assert teacher is not None
-        return teacher(input_ids=rows, use_cache=False).logits
-
-    loss_of = _loss_of(settings.loss, model, teach)
-    with checkpointing(model, recipe.training):
-        for step in range(settings.steps):
-            _set_rate(optimizer, "weights", settings.learning_rate, step, settings.steps)
-            loss = batches.train_step(step + offset, optimizer, loss_of)
-            on_step(step + 1, settings.steps, loss)
-    weights.finish()
 
 
 class GateRun:
@@ -297,81 +256,6 @@ class GateRun:
         save_tensors(tensors, self.state_file, note)
 
 
-class Batches:
-    """The rows of every step, shared out over processes and micro-batches."""
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        calibration_set: CalibrationSet,
-        settings: GateTraining | Recovery,
-        training: Training,
-    ) -> None:
-        self.accelerator = accelerator
-        self.calibration_set = calibration_set
-        self.batch_size = settings.batch_size
-        workers = accelerator.num_processes
-        if self.batch_size % workers:
-            raise InputError(
-                f"batch_size must be a multiple of the number of processes, "
-                f"got {self.batch_size} for {workers} processes"
-            )
-        self.local_size = self.batch_size // workers
-        self.micro_size = min(settings.micro_batch_size or self.local_size, self.local_size)
-
-    def train_step(
-        self,
-        step: int,
-        optimizer: torch.optim.Optimizer,
-        loss_of: Callable[[Tensor], Tensor],
-        *,
-        before_each: Callable[[], None] = lambda: None,
-    ) -> float:
-        """One optimizer step on the global batch of `step`; returns its mean loss."""
-        optimizer.zero_grad(set_to_none=True)
-        rows = self.calibration_set.batch(step, self.batch_size)
-        first = self.accelerator.process_index * self.local_size
-        mine = rows[first : first + self.local_size].to(self.accelerator.device)
-        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for micro in mine.split(self.micro_size):
-            before_each()
-            with self.accelerator.autocast():
-                loss = loss_of(micro) * (len(micro) / self.batch_size)
-            self.accelerator.backward(loss)
-            total += loss.detach().double()
-        self._sum_over_processes(optimizer)
-        if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total.float(), "sum")
-        optimizer.step()
-        return float(total)
-
-    def _sum_over_processes(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
-
-
-def _loss_of(
-    kind: Loss, model: PreTrainedModel, teacher: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    def next_token(rows: Tensor) -> Tensor:
-        logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-        return nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), rows[:, 1:].reshape(-1).to(logits.device)
-        )
-
-    def distillation(rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = torch.log_softmax(teacher(rows).float(), -1)
-        got = torch.log_softmax(model(input_ids=rows, use_cache=False).logits.float(), -1)
-        return (target.exp() * (target - got)).sum(-1).mean()
-
-    return distillation if kind == "distillation" else next_token
-
-
 def _gate_optimizer(
     engine: SequentialAttention, weights: dict[str, nn.Parameter], settings: GateTraining
 ) -> torch.optim.Optimizer:
@@ -393,18 +277,6 @@ def _gate_optimizer(
             }
         )
     return torch.optim.AdamW(groups)
-
-
-def _set_rate(
-    optimizer: torch.optim.Optimizer, name: str, peak: float, step: int, num_steps: int
-) -> None:
-    """Linear warm-up, then a cosine down to a tenth, for the parameter group of that name."""
-    warm = max(1.0, WARM_UP * num_steps)
-    progress = min(1.0, max(0.0, (step + 1 - warm) / max(1.0, num_steps - warm)))
-    cosine = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
-    for group in optimizer.param_groups:
-        if group["name"] == name:
-            group["lr"] = peak * min(1.0, (step + 1) / warm) * cosine
 
 
 def _resume(
@@ -443,7 +315,7 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
 
-def _unpooled(values: list[Tensor], pools: list[Pool], gates: Gates) -> dict[str, Tensor]:
+def _unpooled(values: list[Tensor], pools: list[Pool], gates: TrainableGates) -> dict[str, Tensor]:
     """Values per pool -> values per unit group."""
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for value, pool in zip(values, pools, strict=True):
@@ -463,7 +335,7 @@ def _scores(
     engine: SequentialAttention,
     values: list[Tensor],
     pools: list[Pool],
-    gates: Gates,
+    gates: TrainableGates,
     agreement: dict[str, float],
 ) -> UnitScores:
     scale: dict[str, Tensor] = {}
@@ -476,7 +348,7 @@ def _scores(
 
 
 def teacher_of(
-    model: PreTrainedModel, gates: Gates, weights: TrainedWeights
+    model: PreTrainedModel, gates: TrainableGates, weights: TrainedWeights
 ) -> Callable[[Tensor], Tensor]:
     """The dense model as a teacher: this model with gates open and adapters left out."""
 

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llmprune import stock_logits
-from llmprune.checkpoint import cast_parameters, model_folder
+from llmprune.checkpoint import cast_parameters, has_blocks, load_block_sparse, model_folder
 from llmprune.errors import InputError
 from llmprune.files import save_tensors, save_text
 
@@ -48,7 +49,8 @@ class Verification(BaseModel):
     """What was compared and how far apart it was: largest absolute differences of logits.
 
     `reference` says whose logits the fresh process is held to: `gated` or `final`. The keys of the
-    differences are the arithmetic (the weights are always those saved).
+    differences are the arithmetic (the weights are always those saved). `block_sparse` is how far
+    the same weights are off in block-sparse layers, where weight blocks were pruned.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +64,7 @@ class Verification(BaseModel):
     llmprune_imported: bool
     largest_logit: float
     max_abs_difference: dict[str, dict[str, float]]
+    block_sparse: dict[str, float] | None = None
 
     @property
     def arithmetic(self) -> str:
@@ -81,6 +84,7 @@ class Verification(BaseModel):
         figures = [
             *self.max_abs_difference[self.arithmetic].values(),
             self.cut_from_gated[self.arithmetic],
+            0.0 if self.block_sparse is None else self.block_sparse[self.arithmetic],
         ]
         clean = not (self.missing_keys or self.unexpected_keys or self.llmprune_imported)
         # written so that a NaN fails
@@ -153,18 +157,38 @@ def verify(folder: Path) -> Verification:
         raise InputError(f"{folder}: the model must load with stock transformers, got: {last[0]}")
     found = json.loads(child.stdout.strip().splitlines()[-1])
     result = Verification(
-        reference=note["reference"], cut_from_gated=json.loads(note["cut_from_gated"]), **found
+        reference=note["reference"],
+        cut_from_gated=json.loads(note["cut_from_gated"]),
+        block_sparse=_block_sparse_difference(folder),
+        **found,
     )
     save_text(result.model_dump_json(indent=2) + "\n", folder / RESULT_FILE)
     if not result.passed:
         figures = result.model_dump(
-            include={"max_abs_difference", "cut_from_gated", "missing_keys", "unexpected_keys"}
+            include={
+                "max_abs_difference",
+                "cut_from_gated",
+                "block_sparse",
+                "missing_keys",
+                "unexpected_keys",
+            }
         )
         raise InputError(
             f"{folder}: the reloaded model must give the recorded logits within "
             f"{result.tolerance:g}, got {json.dumps(figures)}; do not use this folder, prune again"
         )
     return result
+
+
+def _block_sparse_difference(folder: Path) -> dict[str, float] | None:
+    """How far the block-sparse layers are from the recorded logits; None without weight blocks."""
+    if not has_blocks(folder):
+        return None
+    recorded = load_file(folder / REFERENCE_FILE)
+    logits = {name: value for name, value in recorded.items() if name != "tokens"}
+    return largest_difference(
+        reference_logits(load_block_sparse(folder), recorded["tokens"]), logits
+    )
 
 
 def _read_note(reference: Path) -> dict[str, Any]:

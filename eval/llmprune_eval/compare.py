@@ -9,9 +9,9 @@ from pathlib import Path
 
 from llmprune.errors import InputError
 from llmprune.files import save_text
-from llmprune.pipeline import OnProgress, silent
 from llmprune.recipe import PerplexityTask, Recipe
 from llmprune.run_folder import settle_precision
+from llmprune.run_steps import OnProgress, silent
 from llmprune.texts import corpus_of, resolve_text, text_name
 from llmprune_eval.comparison import BlockTable, Comparison, Row, Seeded
 from llmprune_eval.comparison_plot import plot

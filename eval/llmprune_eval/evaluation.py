@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.architectures import architecture_of
-from llmprune.checkpoint import folder_bytes, save_pruned
+from llmprune.block_sparse import block_sparse_layers
+from llmprune.checkpoint import folder_bytes, has_blocks, save_pruned
 from llmprune.latency import Promise
 from llmprune.recipe import ModelSource, PerplexityTask, Recipe, SpeedTask
 from llmprune.sources import fetch
@@ -67,7 +69,22 @@ def evaluate(
             "dense": generate(dense, tokenizer, recipe.evaluation.prompt),
             "pruned": generate(pruned, tokenizer, recipe.evaluation.prompt),
         },
+        backends=() if task is None else backend_notes(pruned, task),
     )
+
+
+def backend_notes(model: PreTrainedModel, task: SpeedTask) -> tuple[str, ...]:
+    """What runs a model's block-sparse layers in each phase, and why; none without such layers."""
+    layers = block_sparse_layers(model).values()
+    notes = []
+    for phase, rows in (("prefill", task.batch_size * task.context), ("decode", task.batch_size)):
+        choices = Counter(layer.choice(rows) for layer in layers)
+        notes += [
+            f"block-sparse {phase}: {choice.backend} in {count} of {len(layers)} layers "
+            f"({choice.reason})"
+            for choice, count in choices.most_common()
+        ]
+    return tuple(notes)
 
 
 def measure_text(
@@ -153,6 +170,8 @@ def compare_memory(
         stored = _stored_dense(recipe.model, dense, Path(scratch))
         dense_memory = measure_peak_memory(stored, **sizes)
     on_progress("peak memory", 1, 2)
+    if has_blocks(folder):
+        sizes["loader"] = "llmprune.checkpoint:load_block_sparse"
     pruned_memory = measure_peak_memory(folder, **sizes)
     on_progress("peak memory", 2, 2)
     return {"dense": dense_memory, "pruned": pruned_memory}
@@ -168,11 +187,12 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 
 
 def _different(tasks: tuple[PerplexityTask, ...]) -> tuple[PerplexityTask, ...]:
-    """The tasks with their texts resolved; of two that fell back to the same text, the first."""
-    found: dict[tuple[str, int], PerplexityTask] = {}
+    """The tasks with their texts resolved; of two that became the same by a fallback, the first."""
+    found: dict[tuple[str, int, int | None], PerplexityTask] = {}
     for task in tasks:
         resolved = resolve_text(task)
-        found.setdefault((text_name(resolved), resolved.window), resolved)
+        key = (text_name(resolved), resolved.window, resolved.max_windows)
+        found.setdefault(key, resolved)
     return tuple(found.values())
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llmprune.calibration import CalibrationSet
 from llmprune.errors import InputError
-from llmprune.pipeline import Found, OnProgress, Watch, read_calibration, read_means
 from llmprune.recipe import Recipe
 from llmprune.run_folder import RunFolder
+from llmprune.run_steps import Found, OnProgress, Watch, read_calibration, read_means
 from llmprune.sources import LoadedModel, load_dense
 from llmprune.texts import read_texts, resolve_text
 from llmprune.training import start_accelerator

@@ -66,7 +66,8 @@ class EvalReport(_Part):
     """Size, quality, speed and memory of the pruned model against the dense model.
 
     `speed` names its models "dense" and "pruned". `environment` is that of `environment()`;
-    `samples` holds a greedy generation of each model.
+    `samples` holds a greedy generation of each model; `backends` says what ran its block-sparse
+    layers, and why.
     """
 
     environment: dict[str, str | int]
@@ -76,6 +77,7 @@ class EvalReport(_Part):
     speed: SpeedReport | None = None
     latency: LatencyResult | None = None
     samples: dict[str, str] = {}
+    backends: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _speed_has_both(self) -> EvalReport:
@@ -244,6 +246,7 @@ def _notes(report: EvalReport) -> list[str]:
             f"speed: {speed.batch_size} x {speed.context} tokens, {speed.new_tokens} decode steps, "
             f"median of {speed.rounds} rounds, {speed.device} {speed.dtype}"
         )
+    notes += report.backends
     if report.latency:
         budget = report.latency
         notes.append(

@@ -13,8 +13,9 @@ import torch
 
 from llmprune.errors import InputError
 from llmprune.files import save_text
-from llmprune.pipeline import Found, Watch
-from llmprune.recipe import Method, Prior, Recipe, UnitKind
+from llmprune.recipe import Method, Recipe, UnitKind
+from llmprune.recipe_training import Prior
+from llmprune.run_steps import Found, Watch
 from llmprune.scores import UnitScores
 from llmprune.scoring import FORWARD_BATCH, score_units
 from llmprune.statistics import ActivationStatistics, collect_statistics

@@ -18,20 +18,16 @@ from llmprune.checkpoint import cast_parameters, load_weights
 from llmprune.cut_config import check_form
 from llmprune.errors import InputError
 from llmprune.files import save_tensors, save_text
-from llmprune.pipeline import (
-    Found,
-    OnProgress,
-    Watch,
-    train_scores,
-)
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe, UnitKind
 from llmprune.reconstruction import even_batches, reconstruct
+from llmprune.recovery import recover
 from llmprune.run_folder import RunFolder
+from llmprune.run_steps import Found, OnProgress, Watch
 from llmprune.selection import choose, pools
 from llmprune.surgery import cut
 from llmprune.targets import Targets, target_widths, targets_of
-from llmprune.training import recover
+from llmprune.unit_pruning import train_scores
 from llmprune_eval.accounting import (
     num_parameters,
     reads_priors,

@@ -9,7 +9,7 @@ that of stk (CSR + COO + a permutation for the transposed product, no values cop
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ class BlockIndex:
     def to(self, device: torch.device | str) -> BlockIndex:
         """The same index on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return replace(self, **moved)
+        return BlockIndex(**moved, max_per_row=self.max_per_row, max_per_column=self.max_per_column)
 
     def tensors(self) -> dict[str, Tensor]:
         """All six tensors by name, in the order that the operators take them."""

@@ -11,13 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from llmprune import cli, training
+from llmprune import InputError, cli, load_pruned, training
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
+from llmprune.weight_blocks import BlockPlan
 
 ROOT = Path(__file__).parents[2]
 SENTENCE = "the cat sat on the mat\n"
@@ -245,7 +247,7 @@ def scored(recipe_file, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("llmprune.pipeline.choose", stop)
+        patched.setattr("llmprune.unit_pruning.choose", stop)
         assert call(patched, "prune", recipe_file, "--out", folder, *arguments) == 130
     assert {file.name for file in folder.iterdir()} == {"recipe.yaml", "scores.json", "log.jsonl"}
     return folder
@@ -599,3 +601,78 @@ def test_a_refusal_is_one_line_on_stderr_and_nothing_else(recipe_file, tmp_path)
         assert child.returncode == 2
         assert len(child.stderr.splitlines()) == 1
         assert message in child.stderr
+
+
+# weight blocks
+
+
+@pytest.fixture
+def block_recipe(recipe_file, tmp_path):
+    """Half of the MLP's and attention's blocks of 16 x 16, of a model that they fit."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    data = yaml.safe_load(recipe_file.read_text())
+    source = Path(data["model"]["source"])
+    config = LlamaConfig.from_pretrained(source)
+    config.hidden_size, config.intermediate_size, config.head_dim = 32, 64, None
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "head_dim": 8})).save_pretrained(source)
+    data["prune"] = {"weight_blocks": {"block": [16, 16], "sparsity": 0.5}}
+    data["evaluation"]["speed"] = {"context": 8, "new_tokens": 1, "rounds": 3}
+    recipe_file.write_text(yaml.safe_dump(data))
+    return recipe_file
+
+
+def test_a_dry_run_shows_the_blocks(monkeypatch, capfd, block_recipe):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert call(monkeypatch, "prune", block_recipe, "--dry-run") == 0
+    shown = capfd.readouterr().out
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        assert projection in shown
+    assert "0.500" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recovery", [0, 2])
+def test_blocks_become_zeros_of_a_stock_model_that_runs_without_them(
+    monkeypatch, capfd, block_recipe, tmp_path, recovery
+):
+    out = tmp_path / "out"
+    options = ["--set", f"recovery.steps={recovery}"]
+    assert call(monkeypatch, "prune", block_recipe, "--out", out, *options) == 0
+    verification = json.loads((out / "verification.json").read_text())
+    assert verification["reference"] == ("final" if recovery else "gated")
+    assert verification["model_class"] == "LlamaForCausalLM"
+    assert verification["block_sparse"]["float64"] < 1e-9
+    weights = load_file(out / "model" / "model.safetensors")
+    up = weights["model.layers.0.mlp.up_proj.weight"]
+    assert (up == 0).sum() == up.numel() // 2
+    stock = AutoModelForCausalLM.from_pretrained(out / "model")
+    sparse = load_pruned(out, block_sparse=True)
+    tokens = torch.arange(8)[None] % 8
+    torch.testing.assert_close(sparse(tokens).logits, stock(tokens).logits)
+    assert sum(p.numel() for p in sparse.parameters()) < sum(p.numel() for p in stock.parameters())
+    capfd.readouterr()
+    assert call(monkeypatch, "bench", out, "--context", "8", "--rounds", "3") == 0
+    assert "block-sparse prefill:" in " ".join(capfd.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_another_sparsity_comes_from_the_same_scores(monkeypatch, capfd, block_recipe, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    options = ["--set", "prune.weight_blocks.rows=free"]
+    assert call(monkeypatch, "prune", block_recipe, "--out", out, *options) == 0
+    line = refusal(monkeypatch, capfd, "plan", out, "--budget", "sparsity=0.25")
+    assert "already holds a model" in line
+    line = refusal(monkeypatch, capfd, "plan", out, "--budget", "block=[32, 32]", "--out", other)
+    assert "only sparsity and rows can change" in line
+    assert call(monkeypatch, "plan", out, "--budget", "sparsity=0.25", "--out", other) == 0
+    plan = BlockPlan.read(other / "plan.json")
+    assert plan.density == pytest.approx(0.75, abs=0.02)
+    assert call(monkeypatch, "prune", other / "recipe.yaml", "--out", other, "--resume") == 0
+    assert json.loads((other / "verification.json").read_text())["block_sparse"] is not None
+
+
+def test_a_model_without_blocks_is_not_loaded_as_block_sparse(tiny_folder):
+    with pytest.raises(InputError, match="needs a model that weight blocks were pruned from"):
+        load_pruned(tiny_folder, block_sparse=True)

@@ -212,6 +212,14 @@ def test_file_is_a_fallback_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unreachable_hub")
+def test_rows_that_the_model_writes_are_a_fallback_for_calibration_alone() -> None:
+    own = "builtin:self-generated"
+    text = texts.resolve_text(Calibration(dataset="owner/data", fallback=own, num_rows=3))
+    assert (text.dataset, text.num_rows) == (own, 3)
+    with pytest.raises(InputError, match="fallback must be a local file or builtin:python"):
+        texts.resolve_text(TextSource(dataset="owner/data", fallback=own))
+
+
 def test_fallback_is_told_of_once_for_a_data_set_and_split(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -10,26 +10,21 @@ import pytest
 import torch
 from torch import nn
 
+from llmprune.batches import Batches
 from llmprune.calibration import CalibrationSet
 from llmprune.cost import measure_cost
 from llmprune.errors import InputError
 from llmprune.gates import attach_gates
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
+from llmprune.recovery import recover
 from llmprune.scores import UnitScores
 from llmprune.scoring import score_units
 from llmprune.selection import choose, pools
 from llmprune.surgery import cut
 from llmprune.targets import targets_of
 from llmprune.trained_weights import TrainedWeights
-from llmprune.training import (
-    Batches,
-    GateRun,
-    recover,
-    start_accelerator,
-    teacher_of,
-    train_gates,
-)
+from llmprune.training import GateRun, start_accelerator, teacher_of, train_gates
 from llmprune.units import map_units
 from tests.llmprune.tiny import FAMILIES, VOCAB, logits, plan_for, tiny_model
 

@@ -47,6 +47,7 @@ def recipe(tmp_path):
                 {**task, "dataset": str(tmp_path / "wiki.test.txt")},
                 {**task, "dataset": str(tmp_path / "other.txt")},
                 {**task, "dataset": str(tmp_path / "other.txt")},
+                {**task, "dataset": str(tmp_path / "other.txt"), "max_windows": 2},
             ],
             "speed": None,
             "prompt": "the cat",
@@ -72,7 +73,11 @@ def test_report_marks_the_corpus_of_calibration_and_measures_each_text_once(
     assert [(text.name, text.in_domain) for text in report.perplexities] == [
         ("wiki.test.txt", True),
         ("other.txt", False),
+        ("other.txt", False),
     ]
+    # the same text in fewer windows is another measurement
+    counts = [text.pruned.num_windows for text in report.perplexities[1:]]
+    assert counts[0] > counts[1] == 2
     assert report.dense.parameters - report.pruned.parameters == 2 * 3 * 16 * 8
     assert report.pruned.disk_bytes == sum(
         file.stat().st_size for file in (tmp_path / "model").iterdir()

@@ -1,0 +1,92 @@
+"""Which way a block-sparse product is computed, and why; never one known to be slower than dense.
+
+On a CPU the compiled kernel runs where it could be built, else the PyTorch way that measurements
+favour; on a GPU the Triton kernels. Where the weight is too dense for any of them to win, the
+stored blocks are written into a dense weight and the dense product runs ("densify").
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from llmprune_kernels import cpu, native, tiles
+from llmprune_kernels.triton_runtime import has_triton
+
+Backend = Literal["reference", "pytorch", "native", "triton", "densify"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+# Takes the place of every choice, for measurements and for reports of bugs.
+OVERRIDE = "LLMPRUNE_KERNELS_BACKEND"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One product: what a choice depends on.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        dtype: Of the activations and blocks.
+        num_rows: Rows of x (tokens), M.
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        block: (rows, columns) of a stored block.
+        density: Stored share of the weight.
+    """
+
+    device: str
+    dtype: torch.dtype
+    num_rows: int
+    in_features: int
+    out_features: int
+    block: tuple[int, int]
+    density: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and why; `speedup` over dense is predicted, None where there is no figure."""
+
+    backend: Backend
+    reason: str
+    speedup: float | None = None
+
+
+def choose_backend(work: Work) -> Choice:
+    """The backend for one product.
+
+    Raises:
+        ValueError: The environment names a backend that there is not.
+    """
+    forced = os.environ.get(OVERRIDE)
+    if forced:
+        if forced not in BACKENDS:
+            raise ValueError(f"{OVERRIDE} must be one of {', '.join(BACKENDS)}, got {forced!r}")
+        return Choice(forced, f"{OVERRIDE} says so")
+    if work.density == 0.0:
+        return Choice("reference", "no block is stored")
+    return _on_cpu(work) if work.device == "cpu" else _on_gpu(work)
+
+
+def _on_cpu(work: Work) -> Choice:
+    compiled = native.is_available() and work.dtype in native.DTYPES
+    speedup = cpu.predicted_speedup(
+        work.num_rows, work.density, work.dtype, work.block, native=compiled
+    )
+    backend: Backend = "native" if compiled else "pytorch"
+    said = f"predicted {speedup:.2f}x dense at density {work.density:.2f}, {work.num_rows} rows"
+    if speedup < 1.0:
+        return Choice("densify", f"{backend} would be slower: {said}", speedup)
+    return Choice(backend, said, speedup)
+
+
+def _on_gpu(work: Work) -> Choice:
+    if not has_triton():
+        return Choice("densify", "triton is not installed")
+    speedup = tiles.predicted_speedup(work)
+    said = f"predicted {speedup:.2f}x dense at density {work.density:.2f}, {work.num_rows} rows"
+    if speedup < 1.0:
+        return Choice("densify", f"triton would be slower: {said}", speedup)
+    return Choice("triton", said, speedup)

@@ -1,0 +1,198 @@
+"""BlockSparseLinear and BlockSparseMLP: layers that store only the blocks of their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llmprune_kernels.bsr import BlockIndex, check_block, gather_blocks, scatter_blocks
+from llmprune_kernels.dispatch import Choice, Work, choose_backend
+from llmprune_kernels.ops import block_sparse_linear, block_sparse_swiglu
+
+# What a state dict holds of an index; the rest follows from it.
+SAVED = ("row_ptr", "col")
+DERIVED = ("row", "t_ptr", "t_row", "t_idx")
+
+
+class BlockSparseLinear(nn.Module):
+    """A linear layer of which only some blocks of the weight are stored.
+
+    Attributes:
+        values: The stored blocks, shape (num_blocks, rows, columns).
+        bias: Shape (out_features,), or None.
+        block: (rows, columns) of a block.
+    """
+
+    row_ptr: Tensor
+    col: Tensor
+
+    def __init__(
+        self,
+        index: BlockIndex,
+        block: tuple[int, int],
+        *,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Blocks of zeros; fill them, or use `from_dense`.
+
+        Args:
+            index: Which blocks are stored; also says the device.
+            block: Sides of a block, each of 16, 32, 64 or 128.
+            bias: Whether there is one.
+            dtype: Of blocks and bias; the default one by default.
+
+        Raises:
+            ValueError: A side that kernels don't know.
+        """
+        super().__init__()
+        self.block = (int(block[0]), int(block[1]))
+        self.out_features = index.block_rows * self.block[0]
+        self.in_features = index.block_columns * self.block[1]
+        check_block(self.block, self.out_features, self.in_features)
+        device = index.row.device
+        shape = (index.num_blocks, *self.block)
+        self.values = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+        self.bias = (
+            nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device))
+            if bias
+            else None
+        )
+        for name, tensor in index.tensors().items():
+            self.register_buffer(name, tensor, persistent=name in SAVED)
+        self.max_per_row, self.max_per_column = index.max_per_row, index.max_per_column
+
+    @staticmethod
+    def from_dense(linear: nn.Linear, keep_mask: Tensor) -> BlockSparseLinear:
+        """The layer with the kept blocks of a dense one; the rest of its weight is dropped.
+
+        Args:
+            linear: Weight (out_features, in_features); left as it is.
+            keep_mask: Bool, shape (out_features / rows, in_features / columns), True = stored.
+
+        Raises:
+            ValueError: The mask is not bool, or does not cut the weight into blocks of known sides.
+        """
+        weight = linear.weight.detach()
+        if keep_mask.dim() != 2 or any(
+            not count or size % count
+            for size, count in zip(weight.shape, keep_mask.shape, strict=True)
+        ):
+            raise ValueError(
+                f"keep_mask must cut a weight of {weight.shape[0]}x{weight.shape[1]} into equal "
+                f"blocks, got {tuple(keep_mask.shape)} blocks"
+            )
+        block = (
+            weight.shape[0] // keep_mask.shape[0],
+            weight.shape[1] // keep_mask.shape[1],
+        )
+        index = BlockIndex.from_mask(keep_mask.to(weight.device))
+        layer = BlockSparseLinear(index, block, bias=linear.bias is not None, dtype=weight.dtype)
+        with torch.no_grad():
+            layer.values.copy_(gather_blocks(weight, index, block))
+            if layer.bias is not None:
+                layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    def to_dense(self) -> nn.Linear:
+        """A dense layer with zeros where no block is stored; a copy."""
+        with torch.device(self.values.device):
+            linear = nn.Linear(
+                self.in_features,
+                self.out_features,
+                bias=self.bias is not None,
+                dtype=self.values.dtype,
+            )
+        with torch.no_grad():
+            linear.weight.copy_(scatter_blocks(self.values, self.index))
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    @property
+    def index(self) -> BlockIndex:
+        """Where the blocks are."""
+        tensors = {name: getattr(self, name) for name in (*SAVED, *DERIVED)}
+        return BlockIndex(
+            **tensors, max_per_row=self.max_per_row, max_per_column=self.max_per_column
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x W^T + bias; x has shape (..., in_features)."""
+        return block_sparse_linear(x, self.values, self.index, self.bias)
+
+    def choice(self, num_rows: int) -> Choice:
+        """Which backend a call on `num_rows` rows runs, and why."""
+        return choose_backend(
+            Work(
+                device=self.values.device.type,
+                dtype=self.values.dtype,
+                num_rows=num_rows,
+                in_features=self.in_features,
+                out_features=self.out_features,
+                block=self.block,
+                density=self.index.density,
+            )
+        )
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        rows, columns = self.block
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"block={rows}x{columns}, density={self.index.density:.3f}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take values and index; what follows from the index is built again."""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        shape = torch.tensor(
+            [self.out_features // self.block[0], self.in_features // self.block[1]]
+        )
+        saved = {
+            "row_ptr": self.row_ptr.cpu(),
+            "col": self.col[: self.values.shape[0]].cpu(),
+            "shape": shape,
+        }
+        index = BlockIndex.from_saved(saved, name=f"{prefix}index").to(self.row_ptr.device)
+        for name, tensor in index.tensors().items():
+            setattr(self, name, tensor)
+        self.max_per_row, self.max_per_column = index.max_per_row, index.max_per_column
+
+
+class BlockSparseMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) with the first two products fused."""
+
+    def __init__(
+        self, gate_proj: BlockSparseLinear, up_proj: BlockSparseLinear, down_proj: nn.Module
+    ) -> None:
+        """Takes the layers over.
+
+        Raises:
+            ValueError: Gate or up has a bias, or their shapes differ.
+        """
+        super().__init__()
+        if gate_proj.bias is not None or up_proj.bias is not None:
+            raise ValueError("gate_proj and up_proj must have no bias to be fused")
+        if gate_proj.out_features != up_proj.out_features:
+            raise ValueError(
+                f"gate_proj and up_proj must have equally many out_features, got "
+                f"{gate_proj.out_features} and {up_proj.out_features}"
+            )
+        self.gate_proj: nn.Module = gate_proj
+        self.up_proj: nn.Module = up_proj
+        self.down_proj = down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (..., hidden_size) in and out."""
+        gate, up = self.gate_proj, self.up_proj
+        if isinstance(gate, BlockSparseLinear) and isinstance(up, BlockSparseLinear):
+            joined = block_sparse_swiglu(x, gate.values, gate.index, up.values, up.index)
+        else:
+            # one of them was made dense again
+            joined = functional.silu(gate(x)) * up(x)
+        return self.down_proj(joined)

@@ -1,0 +1,399 @@
+"""The operators: `torch.library` custom ops with shapes, gradients and FLOPs, opaque to compilers.
+
+A functional operator on plain tensors, so that `torch.compile` and `torch.export` keep it as one
+node; which kernel runs is decided inside, where the number of rows is a number.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
+
+from llmprune_kernels import cpu, native, reference
+from llmprune_kernels.bsr import BlockIndex, scatter_blocks
+from llmprune_kernels.dispatch import Backend, Work, choose_backend
+
+# A decode kernel serves up to this many rows.
+DECODE_ROWS = 16
+
+
+def block_sparse_linear(
+    x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None = None
+) -> Tensor:
+    """y = x W^T + bias for a weight of which only blocks are stored; differentiable.
+
+    Args:
+        x: Shape (..., in_features), float32, bfloat16, float16 or float64.
+        values: The stored blocks, shape (num_blocks, rows, columns), of x's dtype.
+        index: Where they are.
+        bias: Shape (out_features,).
+
+    Returns:
+        Shape (..., out_features). Under autocast, in its dtype.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit.
+    """
+    x, values, bias = _cast(x, values, bias)
+    _check(x, values, index, bias)
+    return torch.ops.llmprune.block_sparse_linear(x, values, bias, *_flat(index))
+
+
+def block_sparse_swiglu(
+    x: Tensor, gate: Tensor, gate_index: BlockIndex, up: Tensor, up_index: BlockIndex
+) -> Tensor:
+    """silu(x Wg^T) * (x Wu^T) in one pass over x; differentiable.
+
+    Args:
+        x: Shape (..., in_features).
+        gate: Stored blocks of Wg, shape (num_blocks, rows, columns).
+        gate_index: Where they are.
+        up: Stored blocks of Wu; their number and places may differ from the gate's.
+        up_index: Where they are. The same object as `gate_index` where both are tied.
+
+    Returns:
+        Shape (..., out_features).
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit.
+    """
+    x, gate, up = _cast(x, gate, up)
+    _check(x, gate, gate_index, None)
+    _check(x, up, up_index, None)
+    if gate_index.block_rows * gate.shape[1] != up_index.block_rows * up.shape[1]:
+        raise ValueError("gate and up must have equally many out_features")
+    return torch.ops.llmprune.block_sparse_swiglu(x, gate, up, *_flat(gate_index), *_flat(up_index))
+
+
+def _flat(index: BlockIndex) -> tuple[Any, ...]:
+    return (*index.tensors().values(), index.max_per_row, index.max_per_column)
+
+
+def _cast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(device)
+    return (x.to(dtype), *(None if one is None else one.to(dtype) for one in others))
+
+
+def _check(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) -> None:
+    in_features = index.block_columns * values.shape[2]
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x must end in {in_features} features, got shape {tuple(x.shape)}")
+    if values.shape[0] != index.num_blocks:
+        raise ValueError(f"values must hold {index.num_blocks} blocks, got {values.shape[0]}")
+    if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(f"x, values and bias must share a dtype, got {x.dtype}, {values.dtype}")
+
+
+# the index in the flat form that an operator's schema can express
+@torch.library.custom_op("llmprune::block_sparse_linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    col: Tensor,
+    row: Tensor,
+    t_ptr: Tensor,
+    t_row: Tensor,
+    t_idx: Tensor,
+    max_per_row: int,
+    max_per_column: int,
+) -> Tensor:
+    index = BlockIndex(row_ptr, col, row, t_ptr, t_row, t_idx, max_per_row, max_per_column)
+    flat = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    y = _forward(flat, values, index, bias)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@_linear.register_fake
+def _(x, values, bias, row_ptr, *rest):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], (row_ptr.shape[0] - 1) * values.shape[1])
+
+
+def _work(x: Tensor, values: Tensor, index: BlockIndex) -> Work:
+    return Work(
+        device=x.device.type,
+        dtype=x.dtype,
+        num_rows=x.shape[0],
+        in_features=x.shape[1],
+        out_features=index.block_rows * values.shape[1],
+        block=(values.shape[1], values.shape[2]),
+        density=index.density,
+    )
+
+
+def _forward(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) -> Tensor:
+    if x.shape[0] == 0:
+        return x.new_zeros(0, index.block_rows * values.shape[1])
+    backend = choose_backend(_work(x, values, index)).backend
+    if backend == "reference":
+        return reference.linear(x, values, index, bias)
+    if backend == "pytorch":
+        way = cpu.choose_way(x.shape[0], index.density, x.dtype, values.shape[1:])
+        return cpu.linear(x, values, index, bias, way=way)
+    if backend == "native":
+        return native.linear(x, values, index, bias)
+    if backend == "triton":
+        return _triton_forward(x, values, index, bias)
+    return functional.linear(x, dense_weight(values, index), bias)
+
+
+def _triton_forward(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) -> Tensor:
+    from llmprune_kernels import decode, matmul
+
+    kernel = decode if x.shape[0] <= DECODE_ROWS else matmul
+    return kernel.linear(x, values, index, bias)
+
+
+# Dense copies of weights that are too dense to win, as long as the blocks live and stay unchanged.
+_dense_copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+
+
+def dense_weight(values: Tensor, index: BlockIndex) -> Tensor:
+    """The dense weight of stored blocks.
+
+    On a CPU it is kept until the blocks change or go: writing it costs as much as a small product.
+    On a GPU it is written anew, into memory that the next layer may use.
+    """
+    if values.device.type != "cpu":
+        from llmprune_kernels.triton_runtime import has_triton
+
+        if has_triton():
+            from llmprune_kernels.densify import densify
+
+            return densify(values, index)
+        return scatter_blocks(values, index)
+    if values.is_inference():
+        return scatter_blocks(values, index)
+    key = values.data_ptr()
+    kept = _dense_copies.get(key)
+    if kept is not None and kept[0]() is values and kept[1] == values._version:
+        return kept[2]
+    dense = scatter_blocks(values.detach(), index)
+    gone = weakref.ref(values, lambda _: _dense_copies.pop(key, None))
+    _dense_copies[key] = (gone, values._version, dense)
+    return dense
+
+
+@torch.library.custom_op("llmprune::block_sparse_grad_input", mutates_args=())
+def _grad_input(
+    dy: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col: Tensor,
+    row: Tensor,
+    t_ptr: Tensor,
+    t_row: Tensor,
+    t_idx: Tensor,
+    max_per_row: int,
+    max_per_column: int,
+) -> Tensor:
+    index = BlockIndex(row_ptr, col, row, t_ptr, t_row, t_idx, max_per_row, max_per_column)
+    flat = dy.reshape(-1, dy.shape[-1])
+    if dy.device.type == "cpu":
+        dx = cpu.grad_input(flat, values, index)
+    elif _trains_on_triton(flat, values, index):
+        from llmprune_kernels.gradients import grad_input
+
+        dx = grad_input(flat, values, index)
+    else:
+        dx = flat @ dense_weight(values, index)
+    return dx.reshape(*dy.shape[:-1], dx.shape[-1])
+
+
+@_grad_input.register_fake
+def _(dy, values, row_ptr, col, row, t_ptr, *rest):  # type: ignore[no-untyped-def]
+    return dy.new_empty(*dy.shape[:-1], (t_ptr.shape[0] - 1) * values.shape[2])
+
+
+@torch.library.custom_op("llmprune::block_sparse_grad_values", mutates_args=())
+def _grad_values(
+    dy: Tensor,
+    x: Tensor,
+    rows: int,
+    columns: int,
+    row_ptr: Tensor,
+    col: Tensor,
+    row: Tensor,
+    t_ptr: Tensor,
+    t_row: Tensor,
+    t_idx: Tensor,
+    max_per_row: int,
+    max_per_column: int,
+) -> Tensor:
+    index = BlockIndex(row_ptr, col, row, t_ptr, t_row, t_idx, max_per_row, max_per_column)
+    flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if dy.device.type == "cpu":
+        return cpu.grad_values(flat_dy, flat_x, index, (rows, columns))
+    if choose_backend(_grad_work(flat_x, index, rows, columns)).backend == "triton":
+        from llmprune_kernels.gradients import grad_values
+
+        return grad_values(flat_dy, flat_x, index, (rows, columns))
+    return reference.grad_values(flat_dy, flat_x, index, (rows, columns))
+
+
+@_grad_values.register_fake
+def _(dy, x, rows, columns, row_ptr, col, row, *rest):  # type: ignore[no-untyped-def]
+    return dy.new_empty(row.shape[0], rows, columns)
+
+
+def _grad_work(x: Tensor, index: BlockIndex, rows: int, columns: int) -> Work:
+    sizes = (x.shape[1], index.block_rows * rows)
+    return Work(x.device.type, x.dtype, x.shape[0], *sizes, (rows, columns), index.density)
+
+
+def _trains_on_triton(dy: Tensor, values: Tensor, index: BlockIndex) -> bool:
+    """Whether the transposed product is worth a kernel: its output side is the block's columns."""
+    rows, columns = values.shape[1:]
+    sizes = (index.block_rows * rows, index.block_columns * columns)
+    work = Work(dy.device.type, dy.dtype, dy.shape[0], *sizes, (columns, rows), index.density)
+    return choose_backend(work).backend == "triton"
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, bias, *index = inputs
+    ctx.save_for_backward(x, values, *index[:6])
+    ctx.sizes = index[6:]
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, values, *index = ctx.saved_tensors
+    needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+    dx = dv = db = None
+    if needs_x:
+        dx = torch.ops.llmprune.block_sparse_grad_input(dy, values, *index, *ctx.sizes)
+    if needs_values:
+        rows, columns = values.shape[1:]
+        dv = torch.ops.llmprune.block_sparse_grad_values(dy, x, rows, columns, *index, *ctx.sizes)
+    if ctx.has_bias and needs_bias:
+        db = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return (dx, dv, db, *[None] * 8)
+
+
+_linear.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("llmprune::block_sparse_swiglu", mutates_args=())
+def _swiglu(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    g_row_ptr: Tensor,
+    g_col: Tensor,
+    g_row: Tensor,
+    g_t_ptr: Tensor,
+    g_t_row: Tensor,
+    g_t_idx: Tensor,
+    g_max_per_row: int,
+    g_max_per_column: int,
+    u_row_ptr: Tensor,
+    u_col: Tensor,
+    u_row: Tensor,
+    u_t_ptr: Tensor,
+    u_t_row: Tensor,
+    u_t_idx: Tensor,
+    u_max_per_row: int,
+    u_max_per_column: int,
+) -> Tensor:
+    gate_index = BlockIndex(
+        g_row_ptr, g_col, g_row, g_t_ptr, g_t_row, g_t_idx, g_max_per_row, g_max_per_column
+    )
+    up_index = BlockIndex(
+        u_row_ptr, u_col, u_row, u_t_ptr, u_t_row, u_t_idx, u_max_per_row, u_max_per_column
+    )
+    flat = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    y = _swiglu_forward(flat, gate, gate_index, up, up_index)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@_swiglu.register_fake
+def _(x, gate, up, g_row_ptr, *rest):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], (g_row_ptr.shape[0] - 1) * gate.shape[1])
+
+
+def _swiglu_forward(
+    x: Tensor, gate: Tensor, gate_index: BlockIndex, up: Tensor, up_index: BlockIndex
+) -> Tensor:
+    if x.shape[0]:
+        choices = {
+            choose_backend(_work(x, values, index)).backend
+            for values, index in ((gate, gate_index), (up, up_index))
+        }
+        if choices == {"triton"} and gate.shape[1:] == up.shape[1:]:
+            from llmprune_kernels.swiglu import linear_swiglu
+
+            return linear_swiglu(x, gate, gate_index, up, up_index)
+        if choices == {"native"} and gate.shape[1:] == up.shape[1:]:
+            return native.linear_swiglu(x, gate, gate_index, up, up_index)
+    opened = functional.silu(_forward(x, gate, gate_index, None))
+    return opened * _forward(x, up, up_index, None)
+
+
+def _save_swiglu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, gate, up, *index = inputs
+    ctx.save_for_backward(x, gate, up, *index[:6], *index[8:14])
+    ctx.sizes = (index[6:8], index[14:16])
+
+
+def _swiglu_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """Both products are computed again: keeping them would cost what fusing saves."""
+    x, gate, up, *tensors = ctx.saved_tensors
+    gate_index, up_index = (*tensors[:6], *ctx.sizes[0]), (*tensors[6:], *ctx.sizes[1])
+    ops = torch.ops.llmprune
+    opened = ops.block_sparse_linear(x, gate, None, *gate_index)
+    raised = ops.block_sparse_linear(x, up, None, *up_index)
+    sigmoid = torch.sigmoid(opened)
+    d_up = dy * opened * sigmoid
+    d_gate = dy * raised * sigmoid * (1 + opened * (1 - sigmoid))
+    needs_x, needs_gate, needs_up = ctx.needs_input_grad[:3]
+    dx = d_gate_values = d_up_values = None
+    if needs_x:
+        dx = ops.block_sparse_grad_input(d_gate, gate, *gate_index)
+        dx = dx + ops.block_sparse_grad_input(d_up, up, *up_index)
+    if needs_gate:
+        d_gate_values = ops.block_sparse_grad_values(d_gate, x, *gate.shape[1:], *gate_index)
+    if needs_up:
+        d_up_values = ops.block_sparse_grad_values(d_up, x, *up.shape[1:], *up_index)
+    return (dx, d_gate_values, d_up_values, *[None] * 16)
+
+
+_swiglu.register_autograd(_swiglu_backward, setup_context=_save_swiglu)
+
+
+def _rows_of(shape: torch.Size) -> int:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows
+
+
+@register_flop_formula(torch.ops.llmprune.block_sparse_linear)
+def _(x_shape, values_shape, *rest, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    return 2 * _rows_of(x_shape) * values_shape.numel()
+
+
+@register_flop_formula(torch.ops.llmprune.block_sparse_grad_input)
+def _(dy_shape, values_shape, *rest, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    return 2 * _rows_of(dy_shape) * values_shape.numel()
+
+
+@register_flop_formula(torch.ops.llmprune.block_sparse_grad_values)
+def _(dy_shape, *rest, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    return 2 * _rows_of(dy_shape) * out_shape.numel()
+
+
+@register_flop_formula(torch.ops.llmprune.block_sparse_swiglu)
+def _(x_shape, gate_shape, up_shape, *rest, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    return 2 * _rows_of(x_shape) * (gate_shape.numel() + up_shape.numel())
+
+
+__all__ = ["Backend", "block_sparse_linear", "block_sparse_swiglu", "dense_weight"]

@@ -1,0 +1,123 @@
+"""What the steps of a run share: who watches it, the rows, and what units add on average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor
+
+from llmprune.batches import OnStep
+from llmprune.calibration import CalibrationSet
+from llmprune.compensation import UnitMeans
+from llmprune.recipe import Recipe
+from llmprune.run_folder import RunFolder
+from llmprune.scoring import unit_means
+from llmprune.self_generated import sample_rows, self_generated_set
+from llmprune.sources import LoadedModel
+from llmprune.texts import SELF_GENERATED, corpus_of, read_texts, resolve_text, text_name
+from llmprune.units import UnitMap
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Item = TypeVar("Item")
+# task, done, of how many
+OnProgress = Callable[[str, int, int], None]
+
+
+def silent(task: str, done: int, total: int) -> None:
+    """Report progress to no one."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What every step of a run looks at: the dense model, its units, the rows, their means."""
+
+    dense: LoadedModel
+    unit_map: UnitMap
+    calibration_set: CalibrationSet
+    means: UnitMeans | None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who runs (the Accelerator) and who is told how far the run is."""
+
+    accelerator: Accelerator
+    on_progress: OnProgress
+
+    def over(self, task: str, items: Sequence[Item]) -> Iterator[Item]:
+        """The items, telling before each how many are done."""
+        for done, item in enumerate(items):
+            self.on_progress(task, done, len(items))
+            yield item
+        self.on_progress(task, len(items), len(items))
+
+    def steps(self, task: str, folder: RunFolder) -> OnStep:
+        """A callback for training steps; logs the loss on the main process."""
+
+        started: list[int] = []
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            if self.accelerator.is_main_process:
+                if not started:
+                    started.append(step)
+                    folder.forget_steps(task, step)
+                folder.add_to_log(task, step, loss)
+            self.on_progress(task, step, steps)
+
+        return on_step
+
+
+def read_calibration(
+    recipe: Recipe, dense: LoadedModel, folder: RunFolder, watch: Watch
+) -> CalibrationSet:
+    """The rows that gates and weights are trained on."""
+    source = resolve_text(recipe.calibration)
+    sizes = {"num_rows": source.num_rows, "row_length": source.row_length, "seed": recipe.seed}
+    if source.dataset == SELF_GENERATED:
+
+        def sample() -> Tensor:
+            with watch.accelerator.autocast():
+                on_token = partial(watch.on_progress, "calibration text")
+                return sample_rows(dense.model, **sizes, on_token=on_token)
+
+        with watch.accelerator.main_process_first():
+            return self_generated_set(
+                folder.file("calibration.safetensors"),
+                sample,
+                seed=recipe.seed,
+                may_write=watch.accelerator.is_main_process,
+            )
+    return CalibrationSet.from_texts(
+        read_texts(source),
+        dense.tokenizer,
+        **sizes,
+        name=text_name(source),
+        corpus=corpus_of(source),
+    )
+
+
+def read_means(
+    recipe: Recipe,
+    dense: LoadedModel,
+    unit_map: UnitMap,
+    folder: RunFolder,
+    calibration_set: CalibrationSet,
+    watch: Watch,
+) -> UnitMeans | None:
+    """What removed units leave behind, measured once a run; None without compensation."""
+    if recipe.compensation == "none":
+        return None
+    file = folder.file("means.safetensors")
+    with watch.accelerator.main_process_first():
+        if not file.is_file():
+            rows = calibration_set.rows[: recipe.gates.prior_rows]
+            with watch.accelerator.autocast():
+                means = unit_means(dense.model, unit_map, rows, watch.over)
+            if watch.accelerator.is_main_process:
+                means.save(file)
+        return UnitMeans.load(file)
