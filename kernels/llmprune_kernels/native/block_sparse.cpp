@@ -1,17 +1,14 @@
-// y = x W^T for a weight stored in blocks, on a CPU: one C function for each product.
+// Products with a weight stored in blocks, on a CPU: one C function for each.
 //
 // Plain C interface and no header of PyTorch: it builds in seconds and one build serves every
 // version of PyTorch. Threads are OpenMP's, so they are those that PyTorch itself uses.
-// The best instruction set is chosen when a function is called, never when it is compiled.
+// The instruction set is chosen when a function is called, never when it is compiled.
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #if defined(__x86_64__)
 #define IS_X86 1
 #include <immintrin.h>
@@ -19,31 +16,48 @@
 #define IS_X86 0
 #endif
 
-#if defined(__clang__)
-#error "shuffles"
-#else
+#define EXPORT __attribute__((visibility("default")))
 #define SHUFFLE(a, b, lanes) __builtin_shuffle(a, b, lanes)
-#endif
 
 namespace {
 
-#define EXPORT __attribute__((visibility("default")))
-
 constexpr int kMaxTileRows = 6;
+constexpr int kMaxVectors = 3;
+constexpr int kMaxLanes = 16;
 constexpr int kMaxSide = 128;
 
-using Tile = void (*)(const void* x, int64_t x_row, int64_t x_column, const void* w,
-                      const int32_t* column, int64_t count, int64_t block_size, int64_t width,
-                      float* out, int64_t out_row);
+// One block row, for a few rows of x.
+struct TileCall {
+  const int32_t* column;  // of each block
+  int64_t count;          // blocks
+  int64_t block_size;     // numbers of a block
+  int64_t width;          // its columns
+  int64_t x_row;          // from one row of x to the next
+  int64_t out_row;        // and of the sums
+};
+
+// One block row, or one block column, for a panel of rows of x.
+struct PanelCall {
+  const int32_t* column;  // block column, or block row, of each block
+  const int32_t* place;   // its place in the values; only of a block column
+  int64_t count, block_size;
+  int64_t height, width;  // rows and columns of a block
+};
 
 // What one instruction set offers for one element type.
 struct Kernels {
   int64_t stored_bytes, prepared_bytes;
-  bool is_prepared;  // x can be read as it is
+  bool is_prepared;  // a tile can read x as it is
+  int64_t lanes;
   int64_t tile_rows;
-  Tile single;  // one row of x, eight of the weight
-  Tile tiles[kMaxTileRows + 1];  // by rows of x, four of the weight
+  int64_t tile_columns[kMaxTileRows + 1];
+  void (*tiles[kMaxTileRows + 1])(const TileCall&, const void* x, const void* w, float* out);
+  int64_t panel_columns[kMaxVectors + 1];
+  void (*panels[2][kMaxVectors + 1])(const PanelCall&, const void* x, const void* w, float* out);
   void (*prepare)(const void* x, void* out, int64_t count);
+  void (*pack_panel)(const void* x, int64_t x_stride, int64_t count, int64_t width,
+                     int64_t vectors, void* out);
+  void (*unpack_panel)(const float* in, int64_t vectors, int64_t rows, float* out);
   void (*finish)(const float* sums, const void* bias, void* y, int64_t count);
   void (*finish_swiglu)(const float* gate, const float* up, void* y, int64_t count);
 };
@@ -51,7 +65,7 @@ struct Kernels {
 #define ISA portable
 #define ISA_TARGET
 #define VECTOR_BYTES 16
-#define TILE_ROWS 3
+#define ISA_REGISTERS 16
 #define ISA_F16 0
 #define ISA_DOT 0
 #include "block_sparse_tiles.h"
@@ -60,7 +74,7 @@ struct Kernels {
 #define ISA avx2
 #define ISA_TARGET __attribute__((target("avx2,fma,f16c")))
 #define VECTOR_BYTES 32
-#define TILE_ROWS 3
+#define ISA_REGISTERS 16
 #define ISA_F16 1
 #define ISA_DOT 0
 #include "block_sparse_tiles.h"
@@ -68,7 +82,7 @@ struct Kernels {
 #define ISA avx512
 #define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #define VECTOR_BYTES 64
-#define TILE_ROWS 6
+#define ISA_REGISTERS 32
 #define ISA_F16 1
 #define ISA_DOT 0
 #include "block_sparse_tiles.h"
@@ -77,139 +91,176 @@ struct Kernels {
 #define ISA_TARGET \
   __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #define VECTOR_BYTES 64
-#define TILE_ROWS 6
+#define ISA_REGISTERS 32
 #define ISA_F16 1
 #define ISA_DOT 1
 #include "block_sparse_tiles.h"
 #endif
 
-// One weight: its blocks, and where they are.
+// Element types and instruction sets, as Python numbers them.
+enum Element { kF32 = 0, kBF16 = 1, kF16 = 2 };
+enum InstructionSet { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BF16 = 3 };
+enum Status { kDone = 0, kNoMemory = 1, kNotSupported = 2 };
+
+// Blocks of one weight by block row, or by block column.
 struct Weight {
   const void* values;
-  const int32_t* row_pointer;
+  const int32_t* pointer;
   const int32_t* column;
+  const int32_t* place;
 };
 
 struct Problem {
   const void* x;
-  int64_t x_stride, num_rows, in_features;
-  int64_t block_rows, rows, columns;  // block rows of the weight; sides of a block
+  int64_t x_stride, num_rows;
+  int64_t in_size;         // numbers of a row of x
+  int64_t out_blocks;      // block rows, or block columns, of the result
+  int64_t height, width;   // rows and columns of a block
+  bool is_transposed;      // x W instead of x W^T
   Weight weights[2];
-  int64_t num_weights;  // 2: silu(x W0^T) * (x W1^T)
+  int64_t num_weights;     // 2: silu(x W0^T) * (x W1^T)
   const void* bias;
   void* y;
+
+  int64_t out_width() const { return is_transposed ? width : height; }
 };
 
-int64_t kPanelRows = 96;
-int64_t kGroupRows = 24;
-constexpr int64_t kMaxGroupRows = 96;
-int64_t kDirectRows = 6;
-
-// Rows of x as the tiles read them: in place, or packed tile by tile.
-struct Input {
-  const char* start;
-  bool is_packed;
-  int64_t stride, in_features, width, tile_rows, num_rows, bytes;
-
-  void set(int64_t row, int64_t count, const void** x, int64_t* x_row, int64_t* x_column) const {
-    *x = start + row * (is_packed ? in_features : stride) * bytes;
-    *x_row = is_packed ? width : stride;
-    *x_column = is_packed ? count * width : width;
+void write_row(const Kernels& kernels, const Problem& p, int64_t block, int64_t m,
+               const float* sums, const float* up) {
+  const int64_t n = block * p.out_width();
+  char* y =
+      static_cast<char*>(p.y) + (m * p.out_blocks * p.out_width() + n) * kernels.stored_bytes;
+  if (p.num_weights == 2) {
+    kernels.finish_swiglu(sums, up, y, p.out_width());
+  } else {
+    const char* bias = static_cast<const char*>(p.bias);
+    kernels.finish(sums, bias ? bias + n * kernels.stored_bytes : nullptr, y, p.out_width());
   }
-};
+}
 
-void pack_tile(const Kernels& kernels, const Problem& p, int64_t first, int64_t count, char* out) {
+void sum_tiles(const Kernels& kernels, const Problem& p, const Weight& weight, int64_t block,
+               const char* x, int64_t x_row, float* sums) {
+  const int64_t begin = weight.pointer[block];
+  const int64_t block_size = p.height * p.width;
+  const TileCall call{weight.column + begin, weight.pointer[block + 1] - begin, block_size,
+                      p.width, x_row, p.height};
+  const char* w = static_cast<const char*>(weight.values) + begin * block_size * kernels.stored_bytes;
+  const int64_t columns = kernels.tile_columns[p.num_rows < kernels.tile_rows ? p.num_rows
+                                                                              : kernels.tile_rows];
+  for (int64_t n = 0; n < p.height; n += columns) {
+    for (int64_t m = 0; m < p.num_rows; m += kernels.tile_rows) {
+      const int64_t rest = p.num_rows - m;
+      const int64_t rows = rest < kernels.tile_rows ? rest : kernels.tile_rows;
+      for (int64_t at = n; at < n + columns; at += kernels.tile_columns[rows]) {
+        kernels.tiles[rows](call, x + m * x_row * kernels.prepared_bytes,
+                            w + at * p.width * kernels.stored_bytes, sums + m * p.height + at);
+      }
+    }
+  }
+}
+
+constexpr int64_t kMaxFewRows = 11;
+
+// A few rows of x, at most kMaxFewRows: lanes along in_features.
+Status run_tiles(const Kernels& kernels, const Problem& p, int threads) {
   const char* x = static_cast<const char*>(p.x);
-  for (int64_t column = 0; column < p.in_features; column += p.columns) {
-    for (int64_t m = 0; m < count; m++) {
-      kernels.prepare(x + ((first + m) * p.x_stride + column) * kernels.stored_bytes, out,
-                      p.columns);
-      out += p.columns * kernels.prepared_bytes;
+  int64_t x_row = p.x_stride;
+  char* prepared = nullptr;
+  if (!kernels.is_prepared) {
+    prepared = static_cast<char*>(malloc(p.num_rows * p.in_size * kernels.prepared_bytes));
+    if (!prepared) return kNoMemory;
+    for (int64_t m = 0; m < p.num_rows; m++) {
+      kernels.prepare(x + m * p.x_stride * kernels.stored_bytes,
+                      prepared + m * p.in_size * kernels.prepared_bytes, p.in_size);
+    }
+    x = prepared;
+    x_row = p.in_size;
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t block = 0; block < p.out_blocks; block++) {
+    alignas(64) float sums[2][kMaxFewRows * kMaxSide];
+    for (int64_t i = 0; i < p.num_weights; i++) {
+      sum_tiles(kernels, p, p.weights[i], block, x, x_row, sums[i]);
+    }
+    for (int64_t m = 0; m < p.num_rows; m++) {
+      write_row(kernels, p, block, m, sums[0] + m * p.height, sums[1] + m * p.height);
     }
   }
+  free(prepared);
+  return kDone;
 }
 
-// Sums of one block row for rows `first` to `last` of x, in out[row - first][rows].
-void sum_block_row(const Kernels& kernels, const Problem& p, const Weight& weight,
-                   const Input& input, int64_t block_row, int64_t first, int64_t last,
-                   float* out) {
-  const int64_t begin = weight.row_pointer[block_row];
-  const int64_t count = weight.row_pointer[block_row + 1] - begin;
-  const int64_t block_size = p.rows * p.columns;
-  const char* w = static_cast<const char*>(weight.values) +
-                  begin * block_size * kernels.stored_bytes;
-  const bool is_single = last - first == 1;
-  const int64_t step = is_single ? 8 : 4;
-  for (int64_t n = 0; n < p.rows; n += step) {
-    for (int64_t m = first; m < last; m += kernels.tile_rows) {
-      const int64_t tile = last - m < kernels.tile_rows ? last - m : kernels.tile_rows;
-      const void* x;
-      int64_t x_row, x_column;
-      input.set(m, tile, &x, &x_row, &x_column);
-      (is_single ? kernels.single : kernels.tiles[tile])(
-          x, x_row, x_column, w + n * p.columns * kernels.stored_bytes, weight.column + begin,
-          count, block_size, p.columns, out + (m - first) * p.rows + n, p.rows);
-    }
+void sum_panel(const Kernels& kernels, const Problem& p, const Weight& weight, int64_t block,
+               const void* x, int64_t vectors, float* sums) {
+  alignas(64) float by_column[kMaxSide * kMaxVectors * kMaxLanes];
+  const int64_t begin = weight.pointer[block];
+  const int64_t block_size = p.height * p.width;
+  const PanelCall call{weight.column + begin, p.is_transposed ? weight.place + begin : nullptr,
+                       weight.pointer[block + 1] - begin, block_size, p.height, p.width};
+  const char* w = static_cast<const char*>(weight.values);
+  if (!p.is_transposed) w += begin * block_size * kernels.stored_bytes;
+  const int64_t columns = kernels.panel_columns[vectors];
+  for (int64_t n = 0; n < p.out_width(); n += columns) {
+    const int64_t at = p.is_transposed ? n : n * p.width;
+    kernels.panels[p.is_transposed][vectors](call, x, w + at * kernels.stored_bytes,
+                                             by_column + n * vectors * kernels.lanes);
   }
+  kernels.unpack_panel(by_column, vectors, p.out_width(), sums);
 }
 
-int run(const Kernels& kernels, const Problem& p, int threads) {
-  const bool is_packed = !kernels.is_prepared || p.num_rows > kDirectRows;
-  const int64_t panel = p.num_rows < kPanelRows ? p.num_rows : kPanelRows;
-  char* packed = nullptr;
-  if (is_packed) {
-    packed = static_cast<char*>(malloc(panel * p.in_features * kernels.prepared_bytes + 64));
-    if (!packed) return 1;
-  }
-  const int64_t out_features = p.block_rows * p.rows;
-  const int64_t group = kGroupRows;
+// Many rows of x: lanes are rows.
+Status run_panels(const Kernels& kernels, const Problem& p, int threads) {
+  const int64_t lanes = kernels.lanes;
+  const int64_t needed = (p.num_rows + lanes - 1) / lanes;
+  const int64_t panel = (needed < kMaxVectors ? needed : kMaxVectors) * lanes;
+  // Packing writes whole squares of units: a row may end within one.
+  const int64_t units = (p.in_size + 2 * lanes - 1) / (2 * lanes) * (2 * lanes);
+  void* packed = aligned_alloc(64, (units * panel * 4 + 63) / 64 * 64);
+  if (!packed) return kNoMemory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   for (int64_t start = 0; start < p.num_rows; start += panel) {
     const int64_t rows = p.num_rows - start < panel ? p.num_rows - start : panel;
-    Input input{static_cast<const char*>(p.x) + start * p.x_stride * kernels.stored_bytes,
-                false, p.x_stride, p.in_features, p.columns, kernels.tile_rows, rows,
-                kernels.stored_bytes};
-    if (is_packed) {
-      input.start = packed;
-      input.is_packed = true;
-      input.bytes = kernels.prepared_bytes;
+    const int64_t vectors = (rows + lanes - 1) / lanes;
 #pragma omp for schedule(static)
-      for (int64_t m = 0; m < rows; m += kernels.tile_rows) {
-        const int64_t tile = rows - m < kernels.tile_rows ? rows - m : kernels.tile_rows;
-        pack_tile(kernels, p, start + m, tile,
-                  packed + m * p.in_features * kernels.prepared_bytes);
-      }
+    for (int64_t v = 0; v < vectors; v++) {
+      const int64_t m = start + v * lanes;
+      const int64_t rest = p.num_rows - m;
+      kernels.pack_panel(static_cast<const char*>(p.x) + m * p.x_stride * kernels.stored_bytes,
+                         p.x_stride, rest < lanes ? rest : lanes, p.in_size, vectors,
+                         static_cast<float*>(packed) + v * lanes);
     }
-    const int64_t groups = (rows + group - 1) / group;
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < p.block_rows * groups; task++) {
-      const int64_t block_row = task / groups;
-      const int64_t first = task % groups * group;
-      const int64_t last = first + group < rows ? first + group : rows;
-      alignas(64) float sums[2][kMaxGroupRows * kMaxSide];
+    for (int64_t block = 0; block < p.out_blocks; block++) {
+      alignas(64) float sums[2][kMaxSide * kMaxVectors * kMaxLanes];
       for (int64_t i = 0; i < p.num_weights; i++) {
-        sum_block_row(kernels, p, p.weights[i], input, block_row, first, last, sums[i]);
+        sum_panel(kernels, p, p.weights[i], block, packed, vectors, sums[i]);
       }
-      const int64_t n = block_row * p.rows;
-      for (int64_t m = first; m < last; m++) {
-        char* y = static_cast<char*>(p.y) + ((start + m) * out_features + n) * kernels.stored_bytes;
-        const int64_t at = (m - first) * p.rows;
-        if (p.num_weights == 2) {
-          kernels.finish_swiglu(sums[0] + at, sums[1] + at, y, p.rows);
-        } else {
-          const char* bias = static_cast<const char*>(p.bias);
-          kernels.finish(sums[0] + at, bias ? bias + n * kernels.stored_bytes : nullptr, y, p.rows);
-        }
+      for (int64_t m = 0; m < rows; m++) {
+        const int64_t at = m * p.out_width();
+        write_row(kernels, p, block, start + m, sums[0] + at, sums[1] + at);
       }
     }
   }
   free(packed);
-  return 0;
+  return kDone;
 }
 
-// Element types and instruction sets, as Python numbers them.
-enum Element { kF32 = 0, kBF16 = 1, kF16 = 2 };
-enum InstructionSet { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BF16 = 3 };
+int64_t kFewRows = 11;
+
+// Whole vectors of rows as panels; a few that are left over as tiles.
+Status run(const Kernels& kernels, const Problem& p, int threads) {
+  const int64_t few = p.is_transposed ? 0 : kFewRows;
+  const int64_t rest = p.num_rows % kernels.lanes;
+  if (rest == 0 || rest > few) return run_panels(kernels, p, threads);
+  Problem many = p, left = p;
+  many.num_rows = p.num_rows - rest;
+  left.num_rows = rest;
+  left.x = static_cast<const char*>(p.x) + many.num_rows * p.x_stride * kernels.stored_bytes;
+  left.y = static_cast<char*>(p.y) +
+           many.num_rows * p.out_blocks * p.out_width() * kernels.stored_bytes;
+  const Status status = many.num_rows ? run_panels(kernels, many, threads) : kDone;
+  return status == kDone ? run_tiles(kernels, left, threads) : status;
+}
 
 bool find_kernels(int element, int instruction_set, Kernels* found) {
 #if IS_X86
@@ -256,33 +307,49 @@ EXPORT int llmprune_instruction_set() {
   return kPortable;
 }
 
-EXPORT void llmprune_tune(int64_t panel, int64_t group, int64_t direct) {
-  kPanelRows = panel; kGroupRows = group; kDirectRows = direct;
-}
+EXPORT void llmprune_tune(int64_t few) { kFewRows = few; }
 
-EXPORT int llmprune_linear(int element, int instruction_set, int threads, const void* x, int64_t x_stride,
-                    int64_t num_rows, int64_t in_features, int64_t block_rows, int64_t rows,
-                    int64_t columns, const void* values, const int32_t* row_pointer,
-                    const int32_t* column, const void* bias, void* y) {
-  Kernels kernels;
-  if (!find_kernels(element, instruction_set, &kernels)) return 2;
-  Problem p{x, x_stride, num_rows, in_features, block_rows, rows, columns,
-            {{values, row_pointer, column}, {}}, 1, bias, y};
-  return run(kernels, p, threads);
-}
-
-EXPORT int llmprune_linear_swiglu(int element, int instruction_set, int threads, const void* x,
+// x W^T + bias; `bias` may be null. x has unit stride along in_features, y is contiguous.
+EXPORT int llmprune_linear(int element, int instruction_set, int threads, const void* x,
                            int64_t x_stride, int64_t num_rows, int64_t in_features,
-                           int64_t block_rows, int64_t rows, int64_t columns, const void* gate,
-                           const int32_t* gate_row_pointer, const int32_t* gate_column,
-                           const void* up, const int32_t* up_row_pointer, const int32_t* up_column,
+                           int64_t block_rows, int64_t height, int64_t width, const void* values,
+                           const int32_t* row_pointer, const int32_t* column, const void* bias,
                            void* y) {
   Kernels kernels;
-  if (!find_kernels(element, instruction_set, &kernels)) return 2;
-  Problem p{x, x_stride, num_rows, in_features, block_rows, rows, columns,
-            {{gate, gate_row_pointer, gate_column}, {up, up_row_pointer, up_column}}, 2, nullptr,
-            y};
-  return run(kernels, p, threads);
+  if (!find_kernels(element, instruction_set, &kernels)) return kNotSupported;
+  const Problem problem{x, x_stride, num_rows, in_features, block_rows, height, width, false,
+                        {{values, row_pointer, column, nullptr}, {}}, 1, bias, y};
+  return run(kernels, problem, threads);
+}
+
+// silu(x Wg^T) * (x Wu^T), both weights of one shape in blocks of one shape.
+EXPORT int llmprune_linear_swiglu(int element, int instruction_set, int threads, const void* x,
+                                  int64_t x_stride, int64_t num_rows, int64_t in_features,
+                                  int64_t block_rows, int64_t height, int64_t width,
+                                  const void* gate, const int32_t* gate_row_pointer,
+                                  const int32_t* gate_column, const void* up,
+                                  const int32_t* up_row_pointer, const int32_t* up_column,
+                                  void* y) {
+  Kernels kernels;
+  if (!find_kernels(element, instruction_set, &kernels)) return kNotSupported;
+  const Problem problem{x, x_stride, num_rows, in_features, block_rows, height, width, false,
+                        {{gate, gate_row_pointer, gate_column, nullptr},
+                         {up, up_row_pointer, up_column, nullptr}},
+                        2, nullptr, y};
+  return run(kernels, problem, threads);
+}
+
+// dy W, through the blocks ordered by column.
+EXPORT int llmprune_grad_input(int element, int instruction_set, int threads, const void* dy,
+                               int64_t dy_stride, int64_t num_rows, int64_t out_features,
+                               int64_t block_columns, int64_t height, int64_t width,
+                               const void* values, const int32_t* column_pointer,
+                               const int32_t* row, const int32_t* place, void* dx) {
+  Kernels kernels;
+  if (!find_kernels(element, instruction_set, &kernels)) return kNotSupported;
+  const Problem problem{dy, dy_stride, num_rows, out_features, block_columns, height, width, true,
+                        {{values, column_pointer, row, place}, {}}, 1, nullptr, dx};
+  return run(kernels, problem, threads);
 }
 
 }  // extern "C"
