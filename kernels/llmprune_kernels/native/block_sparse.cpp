@@ -4,10 +4,12 @@
 // version of PyTorch. Threads are OpenMP's, so they are those that PyTorch itself uses.
 // The instruction set is chosen when a function is called, never when it is compiled.
 
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #define IS_X86 1
@@ -17,7 +19,6 @@
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
-#define SHUFFLE(a, b, lanes) __builtin_shuffle(a, b, lanes)
 
 namespace {
 
@@ -159,6 +160,7 @@ void sum_tiles(const Kernels& kernels, const Problem& p, const Weight& weight, i
   }
 }
 
+// Where panels become as fast, with 16 lanes.
 constexpr int64_t kMaxFewRows = 11;
 
 // A few rows of x, at most kMaxFewRows: lanes along in_features.
@@ -245,11 +247,10 @@ Status run_panels(const Kernels& kernels, const Problem& p, int threads) {
   return kDone;
 }
 
-int64_t kFewRows = 11;
 
 // Whole vectors of rows as panels; a few that are left over as tiles.
 Status run(const Kernels& kernels, const Problem& p, int threads) {
-  const int64_t few = p.is_transposed ? 0 : kFewRows;
+  const int64_t few = p.is_transposed ? 0 : kMaxFewRows;
   const int64_t rest = p.num_rows % kernels.lanes;
   if (rest == 0 || rest > few) return run_panels(kernels, p, threads);
   Problem many = p, left = p;
@@ -306,8 +307,6 @@ EXPORT int llmprune_instruction_set() {
 #endif
   return kPortable;
 }
-
-EXPORT void llmprune_tune(int64_t few) { kFewRows = few; }
 
 // x W^T + bias; `bias` may be null. x has unit stride along in_features, y is contiguous.
 EXPORT int llmprune_linear(int element, int instruction_set, int threads, const void* x,

@@ -151,15 +151,44 @@ struct Dot : BF16 {
 };
 #endif
 
+// Lanes of two vectors: LANES::at(i) is the place in the pair that lane i comes from.
+template <class LANES, size_t... I>
+INLINE Floats shuffle(Floats a, Floats b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, LANES::at(I)...);
+#else
+  return __builtin_shuffle(a, b, Ints{LANES::at(I)...});
+#endif
+}
+
+template <class LANES>
+INLINE Floats shuffle(Floats a, Floats b) {
+  return shuffle<LANES>(a, b, std::make_index_sequence<kLanes>{});
+}
+
+// Lane i, or lane i ^ D, of the first vector where bit D of i is off, of the second where it is on.
+template <int D>
+struct Same {
+  static constexpr int at(int i) { return (i & D) ? kLanes + i : i; }
+};
+template <int D>
+struct Other {
+  static constexpr int at(int i) { return (i & D) ? kLanes + (i ^ D) : i ^ D; }
+};
+// As one step of a transposition takes them.
+template <int D>
+struct Low {
+  static constexpr int at(int i) { return (i & D) ? kLanes + (i ^ D) : i; }
+};
+template <int D>
+struct High {
+  static constexpr int at(int i) { return (i & D) ? kLanes + i : i ^ D; }
+};
+
 // Half of the lanes become sums of `a`, half of `b`: lane i holds the sum of lanes i and i ^ D.
 template <int D>
 INLINE Floats fold(Floats a, Floats b) {
-  Ints kept, other;
-  for (int i = 0; i < kLanes; i++) {
-    kept[i] = (i & D) ? kLanes + i : i;
-    other[i] = (i & D) ? kLanes + (i ^ D) : i ^ D;
-  }
-  return SHUFFLE(a, b, kept) + SHUFFLE(a, b, other);
+  return shuffle<Same<D>>(a, b) + shuffle<Other<D>>(a, b);
 }
 
 // Sums over the lanes of up to kLanes vectors; lane i of the result is the sum of vector i.
@@ -184,6 +213,13 @@ INLINE void write_sums(const Floats* sums, float* out) {
     write_sums<COUNT - kLanes>(sums + kLanes, out + kLanes);
   } else if constexpr (COUNT > 0) {
     F32::store(out, sum_lanes<1, COUNT>(sums));
+  }
+}
+
+// Asks for `bytes` of memory before they are needed.
+INLINE void prefetch(const void* start, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) {
+    __builtin_prefetch(static_cast<const char*>(start) + at, 0, 3);
   }
 }
 
@@ -227,16 +263,11 @@ ISA_TARGET void prepare(const void* x, void* out, int64_t count) {
 template <int D>
 INLINE void transpose(Floats* v) {
   if constexpr (D < kLanes) {
-    Ints low, high;
-    for (int i = 0; i < kLanes; i++) {
-      low[i] = (i & D) ? kLanes + (i ^ D) : i;
-      high[i] = (i & D) ? kLanes + i : i ^ D;
-    }
     UNROLL for (int i = 0; i < kLanes; i++) {
       if (i & D) continue;
       const Floats a = v[i], b = v[i | D];
-      v[i] = SHUFFLE(a, b, low);
-      v[i | D] = SHUFFLE(a, b, high);
+      v[i] = shuffle<Low<D>>(a, b);
+      v[i | D] = shuffle<High<D>>(a, b);
     }
     transpose<2 * D>(v);
   }
@@ -283,6 +314,10 @@ ISA_TARGET void panel_tile(const PanelCall& call, const void* x_start, const voi
   // Unit k of output n is at n * to_next + k * down.
   const int64_t to_next = TRANSPOSED ? 1 : num_units;
   const int64_t down = !TRANSPOSED ? 1 : kMade ? COLUMNS : call.width;
+  // Four KiB of the weight ahead, 1 to 4 blocks: it may come from memory, and lies in pieces too
+  // short for a processor to see where the next one is.
+  const int64_t taken = COLUMNS * call.width * sizeof(typename T::Stored);
+  const int64_t ahead = taken > 2048 ? 1 : taken > 1024 ? 2 : 4;
   Unit made[kMade ? COLUMNS * kMaxSide : 1];
   Floats sums[COLUMNS * VECTORS];
   UNROLL for (int i = 0; i < COLUMNS * VECTORS; i++) sums[i] = Floats{};
@@ -291,6 +326,15 @@ ISA_TARGET void panel_tile(const PanelCall& call, const void* x_start, const voi
   for (int64_t j = 0; j < call.count; j++) {
     const auto* w = static_cast<const typename T::Stored*>(w_start) +
                     (TRANSPOSED ? call.place[j] : j) * call.block_size;
+    if (j + ahead < call.count) {
+      const auto* next = static_cast<const typename T::Stored*>(w_start) +
+                         (TRANSPOSED ? call.place[j + ahead] : j + ahead) * call.block_size;
+      if constexpr (TRANSPOSED) {
+        for (int64_t n = 0; n < call.height; n++) prefetch(next + n * call.width, 1);
+      } else {
+        prefetch(next, taken);
+      }
+    }
     const Unit* units = reinterpret_cast<const Unit*>(w);
     if constexpr (kMade) {
       if constexpr (TRANSPOSED) {
