@@ -1,0 +1,290 @@
+"""Block-sparse against dense products on this CPU: results/cpu-<device>.{json,md}, or the table.
+
+    python kernels/benchmarks/cpu.py --threads 1 2      # full set on one thread, short set on two
+    python kernels/benchmarks/cpu.py --table            # kernels/llmprune_kernels/tables/cpu.json
+
+Every way is compared with float64 before it is timed; one that is wrong stops the run. Dense and
+all ways take turns, in rounds. The figure is the median of process CPU time (other work on the
+machine does not count, though the caches it empties do) for one thread, of wall time for more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from llmprune_kernels import cpu, cpu_table, native, reference
+from llmprune_kernels.bsr import BlockIndex, gather_blocks
+
+RESULTS = Path(__file__).with_name("results")
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product to be timed."""
+
+    out_features: int
+    in_features: int
+    block: tuple[int, int]
+    dtype: str
+    density: float
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one way: medians, and the 20th and 80th percentile of the CPU time."""
+
+    cpu_ms: float
+    cpu_ms_low: float
+    cpu_ms_high: float
+    wall_ms: float
+    error: float
+
+
+def full_cases() -> list[Case]:
+    """The square of the research notes, two real projections, and a large one."""
+    shapes = [
+        (2048, 2048, 64), (1536, 576, 64), (1536, 576, 32), (576, 1536, 64), (576, 1536, 32),
+        (4096, 4096, 64),
+    ]  # fmt: skip
+    return [
+        Case(rows, columns, (side, side), dtype, density, num_rows)
+        for rows, columns, side in shapes
+        for dtype in ("float32", "bfloat16")
+        for density in (0.25, 0.5, 0.75)
+        for num_rows in (1, 16, 512)
+    ]
+
+
+def short_cases() -> list[Case]:
+    """What is also run on more threads."""
+    return [case for case in full_cases() if case.out_features == 2048 or case.block[0] == 32]
+
+
+def table_cases() -> list[Case]:
+    """What the policy is read from."""
+    return [
+        Case(2048, 2048, block, dtype, density, num_rows)
+        for dtype in ("float32", "bfloat16", "float16")
+        for block in ((16, 16), (32, 32), (64, 64), (128, 32))
+        for num_rows in (1, 16, 128, 512)
+        for density in (0.25, 0.5, 0.75, 1.0)
+    ]
+
+
+def random_index(case: Case) -> BlockIndex:
+    """As many blocks in every block row, drawn."""
+    rows, columns = case.out_features // case.block[0], case.in_features // case.block[1]
+    kept = torch.rand(rows, columns).topk(max(1, round(columns * case.density)), 1).indices
+    return BlockIndex.from_mask(
+        torch.zeros(rows, columns, dtype=torch.bool).scatter_(1, kept, True)
+    )
+
+
+def measure(case: Case, *, rounds: int, sample_s: float) -> dict[str, Timing]:
+    """Timings by way, `dense` among them.
+
+    Raises:
+        SystemExit: A way is wrong.
+    """
+    torch.manual_seed(0)
+    index = random_index(case)
+    dtype = getattr(torch, case.dtype)
+    dense = torch.randn(case.out_features, case.in_features).to(dtype)
+    values = gather_blocks(dense, index, case.block)
+    x = torch.randn(case.num_rows, case.in_features).to(dtype)
+    ways: dict[str, Callable[[], Tensor]] = {
+        way: (lambda way=way: cpu.linear(x, values, index, way=way)) for way in cpu.WAYS
+    }
+    if native.supports(dtype):
+        ways["native"] = lambda: native.linear(x, values, index)
+    wanted = reference.exact(x, values, index)
+    errors = {name: reference.relative_error(way(), wanted) for name, way in ways.items()}
+    for name, error in errors.items():
+        if not error <= TOLERANCE[dtype]:
+            raise SystemExit(f"{case}: {name} is wrong by {error:.1e}, nothing is timed")
+    ways = {"dense": lambda: functional.linear(x, dense), **ways}
+    samples = take_turns(list(ways.values()), rounds=rounds, sample_s=sample_s)
+    return {
+        name: summary(taken, errors.get(name, 0.0))
+        for name, taken in zip(ways, samples, strict=True)
+    }
+
+
+def take_turns(
+    ways: list[Callable[[], Tensor]], *, rounds: int, sample_s: float
+) -> list[list[tuple[float, float]]]:
+    """Seconds a call, (CPU, wall), of every way and round."""
+    counts = []
+    for way in ways:
+        way()
+        start = time.perf_counter()
+        way()
+        counts.append(max(1, int(sample_s / max(1e-6, time.perf_counter() - start))))
+    samples: list[list[tuple[float, float]]] = [[] for _ in ways]
+    for _ in range(rounds):
+        for way, count, taken in zip(ways, counts, samples, strict=True):
+            way()  # the caches are those of the way before
+            start, wall = time.process_time(), time.perf_counter()
+            for _ in range(count):
+                way()
+            taken.append(
+                ((time.process_time() - start) / count, (time.perf_counter() - wall) / count)
+            )
+    return samples
+
+
+def summary(samples: list[tuple[float, float]], error: float) -> Timing:
+    """Medians and spread in milliseconds."""
+    spent = sorted(1e3 * cpu_s for cpu_s, _ in samples)
+    edge = len(spent) // 5
+    wall = statistics.median(1e3 * wall_s for _, wall_s in samples)
+    return Timing(statistics.median(spent), spent[edge], spent[-1 - edge], wall, error)
+
+
+def device() -> dict[str, str]:
+    """Name and kind of this processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    return {key: fields[key].strip() for key in ("model name", "cpu family", "model")}
+
+
+def conditions() -> dict[str, object]:
+    """What figures hold for."""
+    return {
+        "device": device(),
+        "instruction_set": native.instruction_set() if native.is_available() else None,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def speedups(timings: dict[str, Timing], threads: int) -> dict[str, float]:
+    """Dense time over the time of every way."""
+    times = {
+        name: timing.cpu_ms if threads == 1 else timing.wall_ms for name, timing in timings.items()
+    }
+    return {name: round(times["dense"] / t, 3) for name, t in times.items() if name != "dense"}
+
+
+def write_table(*, rounds: int) -> None:
+    """Measure the policy's table on one thread."""
+    torch.set_num_threads(1)
+    cells = []
+    for case in table_cases():
+        timings = measure(case, rounds=rounds, sample_s=0.01)
+        cells.append(
+            {
+                "dtype": case.dtype,
+                "block": list(case.block),
+                "num_rows": case.num_rows,
+                "density": case.density,
+                "speedup": speedups(timings, 1),
+            }
+        )
+        print(cells[-1], flush=True)
+    head = json.dumps({**conditions(), "shape": [2048, 2048], "threads": 1})
+    body = ",\n".join(json.dumps(cell) for cell in cells)
+    cpu_table.PATH.write_text(f'{head[:-1]}, "cells": [\n{body}\n]}}\n')
+
+
+def write_results(thread_counts: list[int], *, rounds: int) -> None:
+    """Measure the full set on the first number of threads and the short set on the others."""
+    measured = []
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        for case in full_cases() if threads == thread_counts[0] else short_cases():
+            timings = measure(case, rounds=rounds, sample_s=0.02)
+            ratios = speedups(timings, threads)
+            measured.append(
+                {
+                    "threads": threads,
+                    **asdict(case),
+                    "speedup": ratios,
+                    "timings": {name: asdict(timing) for name, timing in timings.items()},
+                }
+            )
+            print(threads, case, ratios, flush=True)
+    names = device()
+    slug = re.sub(r"[^a-z0-9]+", "-", names["model name"].lower()).strip("-")
+    path = RESULTS / f"cpu-{slug}-family{names['cpu family']}"
+    RESULTS.mkdir(exist_ok=True)
+    result = {**conditions(), "rounds": rounds, "cells": measured}
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report(result, measured))
+
+
+def report(result: dict[str, object], cells: list[dict]) -> str:
+    """The same as one Markdown table for every number of threads."""
+    lines = [
+        "# Block-sparse against dense products on a CPU",
+        "",
+        f"{result['device']}, instruction set {result['instruction_set']}, torch "
+        f"{result['torch']}, {result['date']}, {result['rounds']} rounds in turns.",
+        "Dense: `F.linear` of the same shape. Speedup: dense time over the way's, above 1 is faster"
+        "; every way makes y from x and the stored blocks anew (`densify` the dense weight too).",
+        "One thread: medians of process CPU time. More: medians of wall time.",
+    ]
+    ways = ["native", *cpu.WAYS]
+    for threads in sorted({cell["threads"] for cell in cells}):
+        kind = "cpu_ms" if threads == 1 else "wall_ms"
+        head = [
+            "weight",
+            "block",
+            "dtype",
+            "density",
+            "M",
+            "dense ms",
+            "native ms (20-80 %)",
+            *ways,
+        ]
+        lines += ["", f"## {threads} thread{'s' * (threads > 1)}", ""]
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for cell in (cell for cell in cells if cell["threads"] == threads):
+            timings = cell["timings"]
+            fast = timings.get("native", timings["dense"])
+            row = [
+                f"{cell['out_features']}x{cell['in_features']}",
+                f"{cell['block'][0]}x{cell['block'][1]}",
+                cell["dtype"],
+                f"{cell['density']:g}",
+                str(cell["num_rows"]),
+                f"{timings['dense'][kind]:.3f}",
+                f"{fast[kind]:.3f} ({fast['cpu_ms_low']:.3f}-{fast['cpu_ms_high']:.3f})",
+                *(f"{cell['speedup'].get(way, float('nan')):.2f}" for way in ways),
+            ]
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--table", action="store_true", help="measure the policy's table instead")
+    options = parser.parse_args()
+    if options.table:
+        write_table(rounds=options.rounds)
+    else:
+        write_results(options.threads, rounds=options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The C++ products of `native/`: x W^T, its fused SwiGLU and dy W, for float32, bfloat16, float16.
+
+They are compiled when they are first needed, by the compiler that CXX names or the first of c++,
+g++ and clang++, and kept in a cache folder. Without a compiler, or where the build fails, one
+warning says so and `is_available` is False from then on. `LLMPRUNE_KERNELS_NATIVE=0` switches them
+off. They are called with plain pointers and know nothing of autograd: `ops` does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import warnings
+
+import torch
+from torch import Tensor
+
+from llmprune_kernels import native_build
+from llmprune_kernels.bsr import BLOCK_SIDES, BlockIndex
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_NO_MEMORY = 1
+# Below this many multiply-adds a second thread costs more than it brings: 10 us on one.
+_MIN_THREADED_WORK = 1 << 18
+_INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_HEAD = [_INT] * 3 + [_POINTER] + [_SIZE] * 6
+_SIGNATURES = {
+    "llmprune_linear": [*_HEAD, *[_POINTER] * 5],
+    "llmprune_linear_swiglu": [*_HEAD, *[_POINTER] * 7],
+    "llmprune_grad_input": [*_HEAD, *[_POINTER] * 5],
+}
+
+
+def is_available() -> bool:
+    """Whether the C++ products can be used and are worth it; builds them on the first call."""
+    # An x86 processor without AVX2 is left to PyTorch; elsewhere the portable code is wide enough.
+    return _library() is not None and (_best() > 0 or platform.machine() not in ("x86_64", "AMD64"))
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether they can be used for numbers of this type."""
+    return dtype in ELEMENTS and is_available()
+
+
+def instruction_set() -> str:
+    """The one in use, of INSTRUCTION_SETS; the best that the processor has.
+
+    Raises:
+        RuntimeError: There is no native library.
+    """
+    _loaded()
+    return INSTRUCTION_SETS[_best()]
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    index: BlockIndex,
+    bias: Tensor | None = None,
+    *,
+    using: str | None = None,
+) -> Tensor:
+    """y = x W^T + bias.
+
+    Args:
+        x: Shape (M, in_features), any strides.
+        values: Shape (num_blocks, rows, columns), contiguous, of x's dtype.
+        index: Where the blocks are.
+        bias: Shape (out_features,), of x's dtype.
+        using: One of INSTRUCTION_SETS, none above `instruction_set()`; that one if None.
+
+    Returns:
+        Shape (M, out_features), contiguous.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit.
+        RuntimeError: There is no native library.
+    """
+    _check(x, values, index, index.block_columns * values.shape[2])
+    rows, columns = values.shape[1:]
+    out_features = index.block_rows * rows
+    if bias is not None and (bias.shape != (out_features,) or bias.dtype != x.dtype):
+        raise ValueError(
+            f"bias must be {x.dtype} of shape ({out_features},), got {bias.dtype} of shape "
+            f"{tuple(bias.shape)}"
+        )
+    x, bias = _unit_stride(x), None if bias is None else bias.contiguous()
+    y = x.new_empty(x.shape[0], out_features)
+    tensors = (values, index.row_ptr, index.col, bias, y)
+    _call("llmprune_linear", x, using, (index.block_rows, rows, columns), values.numel(), tensors)
+    return y
+
+
+def linear_swiglu(
+    x: Tensor,
+    gate: Tensor,
+    gate_index: BlockIndex,
+    up: Tensor,
+    up_index: BlockIndex,
+    *,
+    using: str | None = None,
+) -> Tensor:
+    """silu(x Wg^T) * (x Wu^T), rounded once, at the end.
+
+    Both weights have one shape and are cut into blocks of one shape; which blocks are stored may
+    differ. For the other arguments, results and errors see `linear`.
+    """
+    _check(x, gate, gate_index, gate_index.block_columns * gate.shape[2])
+    _check(x, up, up_index, up_index.block_columns * up.shape[2])
+    if gate.shape[1:] != up.shape[1:] or gate_index.block_rows != up_index.block_rows:
+        raise ValueError(
+            "gate and up must have one shape and one block, got blocks "
+            f"{tuple(gate.shape[1:])} and {tuple(up.shape[1:])}, "
+            f"{gate_index.block_rows} and {up_index.block_rows} block rows"
+        )
+    rows, columns = gate.shape[1:]
+    x = _unit_stride(x)
+    y = x.new_empty(x.shape[0], gate_index.block_rows * rows)
+    tensors = (gate, gate_index.row_ptr, gate_index.col, up, up_index.row_ptr, up_index.col, y)
+    sizes = (gate_index.block_rows, rows, columns)
+    _call("llmprune_linear_swiglu", x, using, sizes, gate.numel() + up.numel(), tensors)
+    return y
+
+
+def grad_input(
+    dy: Tensor, values: Tensor, index: BlockIndex, *, using: str | None = None
+) -> Tensor:
+    """dx = dy W, shape (M, in_features); arguments and errors as for `linear`."""
+    _check(dy, values, index, index.block_rows * values.shape[1])
+    rows, columns = values.shape[1:]
+    dy = _unit_stride(dy)
+    dx = dy.new_empty(dy.shape[0], index.block_columns * columns)
+    tensors = (values, index.t_ptr, index.t_row, index.t_idx, dx)
+    sizes = (index.block_columns, rows, columns)
+    _call("llmprune_grad_input", dy, using, sizes, values.numel(), tensors)
+    return dx
+
+
+def _call(
+    name: str,
+    x: Tensor,
+    using: str | None,
+    sizes: tuple[int, int, int],
+    numbers: int,
+    tensors: tuple[Tensor | None, ...],
+) -> None:
+    library = _loaded()
+    level = _best() if using is None else INSTRUCTION_SETS.index(using)
+    if level > _best():
+        raise ValueError(f"using must be at most {INSTRUCTION_SETS[_best()]!r}, got {using!r}")
+    num_rows, in_size = x.shape
+    if num_rows == 0:
+        return
+    threads = torch.get_num_threads() if num_rows * numbers >= _MIN_THREADED_WORK else 1
+    status = getattr(library, name)(
+        ELEMENTS[x.dtype],
+        level,
+        threads,
+        x.data_ptr(),
+        x.stride(0),
+        num_rows,
+        in_size,
+        *sizes,
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+    )
+    if status == _NO_MEMORY:
+        raise MemoryError(f"no memory to pack {num_rows} rows of {in_size} numbers")
+    if status:
+        raise ValueError(f"{x.dtype} needs more than {INSTRUCTION_SETS[level]} instructions")
+
+
+def _check(x: Tensor, values: Tensor, index: BlockIndex, in_size: int) -> None:
+    if x.dim() != 2 or x.shape[1] != in_size:
+        raise ValueError(f"x must have shape (M, {in_size}), got {tuple(x.shape)}")
+    if x.dtype not in ELEMENTS or values.dtype != x.dtype:
+        raise ValueError(
+            "x and values must be of one dtype, float32, bfloat16 or float16, got "
+            f"{x.dtype} and {values.dtype}"
+        )
+    if x.device.type != "cpu" or values.device.type != "cpu" or index.row_ptr.device.type != "cpu":
+        raise ValueError(f"x, values and index must be on the CPU, got {x.device}, {values.device}")
+    if values.shape[0] != index.num_blocks or not values.is_contiguous():
+        raise ValueError(
+            f"values must be {index.num_blocks} contiguous blocks, got shape "
+            f"{tuple(values.shape)} with strides {values.stride()}"
+        )
+    if any(side not in BLOCK_SIDES for side in values.shape[1:]):
+        raise ValueError(f"block sides must be of {BLOCK_SIDES}, got {tuple(values.shape[1:])}")
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError(
+            "there is no native library: it is switched off (LLMPRUNE_KERNELS_NATIVE=0) or could "
+            "not be built; use llmprune_kernels.cpu.linear"
+        )
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The library, built if need be; None, with a warning if that was not asked for, if not."""
+    if native_build.is_switched_off():
+        return None
+    try:
+        library = native_build.load()
+    except native_build.BuildError as error:
+        warnings.warn(
+            f"llmprune_kernels: no native CPU kernels, slower PyTorch ways are used: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, ctypes.c_int
+    return library
+
+
+@functools.cache
+def _best() -> int:
+    return int(_loaded().llmprune_instruction_set())

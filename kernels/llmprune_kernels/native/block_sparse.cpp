@@ -1,0 +1,354 @@
+// Products with a weight stored in blocks, on a CPU: one C function for each.
+//
+// Plain C interface and no header of PyTorch: it builds in seconds and one build serves every
+// version of PyTorch. Threads are OpenMP's, so they are those that PyTorch itself uses.
+// The instruction set is chosen when a function is called, never when it is compiled.
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#define IS_X86 1
+#include <immintrin.h>
+#else
+#define IS_X86 0
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+namespace {
+
+constexpr int kMaxTileRows = 6;
+constexpr int kMaxVectors = 3;
+constexpr int kMaxLanes = 16;
+constexpr int kMaxSide = 128;
+
+// One block row, for a few rows of x.
+struct TileCall {
+  const int32_t* column;  // of each block
+  int64_t count;          // blocks
+  int64_t block_size;     // numbers of a block
+  int64_t width;          // its columns
+  int64_t x_row;          // from one row of x to the next
+  int64_t out_row;        // and of the sums
+};
+
+// One block row, or one block column, for a panel of rows of x.
+struct PanelCall {
+  const int32_t* column;  // block column, or block row, of each block
+  const int32_t* place;   // its place in the values; only of a block column
+  int64_t count, block_size;
+  int64_t height, width;  // rows and columns of a block
+};
+
+// What one instruction set offers for one element type.
+struct Kernels {
+  int64_t stored_bytes, prepared_bytes;
+  bool is_prepared;  // a tile can read x as it is
+  int64_t lanes;
+  int64_t tile_rows;
+  int64_t tile_columns[kMaxTileRows + 1];
+  void (*tiles[kMaxTileRows + 1])(const TileCall&, const void* x, const void* w, float* out);
+  int64_t panel_columns[kMaxVectors + 1];
+  void (*panels[2][kMaxVectors + 1])(const PanelCall&, const void* x, const void* w, float* out);
+  void (*prepare)(const void* x, void* out, int64_t count);
+  void (*pack_panel)(const void* x, int64_t x_stride, int64_t count, int64_t width,
+                     int64_t vectors, void* out);
+  void (*unpack_panel)(const float* in, int64_t vectors, int64_t rows, float* out);
+  void (*finish)(const float* sums, const void* bias, void* y, int64_t count);
+  void (*finish_swiglu)(const float* gate, const float* up, void* y, int64_t count);
+};
+
+#define ISA portable
+#define ISA_TARGET
+#define VECTOR_BYTES 16
+#define ISA_REGISTERS 16
+#define ISA_F16 0
+#define ISA_DOT 0
+#include "block_sparse_tiles.h"
+
+#if IS_X86
+#define ISA avx2
+#define ISA_TARGET __attribute__((target("avx2,fma,f16c")))
+#define VECTOR_BYTES 32
+#define ISA_REGISTERS 16
+#define ISA_F16 1
+#define ISA_DOT 0
+#include "block_sparse_tiles.h"
+
+#define ISA avx512
+#define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define VECTOR_BYTES 64
+#define ISA_REGISTERS 32
+#define ISA_F16 1
+#define ISA_DOT 0
+#include "block_sparse_tiles.h"
+
+#define ISA avx512_bf16
+#define ISA_TARGET \
+  __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define VECTOR_BYTES 64
+#define ISA_REGISTERS 32
+#define ISA_F16 1
+#define ISA_DOT 1
+#include "block_sparse_tiles.h"
+#endif
+
+// Element types and instruction sets, as Python numbers them.
+enum Element { kF32 = 0, kBF16 = 1, kF16 = 2 };
+enum InstructionSet { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BF16 = 3 };
+enum Status { kDone = 0, kNoMemory = 1, kNotSupported = 2 };
+
+// Blocks of one weight by block row, or by block column.
+struct Weight {
+  const void* values;
+  const int32_t* pointer;
+  const int32_t* column;
+  const int32_t* place;
+};
+
+struct Problem {
+  const void* x;
+  int64_t x_stride, num_rows;
+  int64_t in_size;         // numbers of a row of x
+  int64_t out_blocks;      // block rows, or block columns, of the result
+  int64_t height, width;   // rows and columns of a block
+  bool is_transposed;      // x W instead of x W^T
+  Weight weights[2];
+  int64_t num_weights;     // 2: silu(x W0^T) * (x W1^T)
+  const void* bias;
+  void* y;
+
+  int64_t out_width() const { return is_transposed ? width : height; }
+};
+
+void write_row(const Kernels& kernels, const Problem& p, int64_t block, int64_t m,
+               const float* sums, const float* up) {
+  const int64_t n = block * p.out_width();
+  char* y =
+      static_cast<char*>(p.y) + (m * p.out_blocks * p.out_width() + n) * kernels.stored_bytes;
+  if (p.num_weights == 2) {
+    kernels.finish_swiglu(sums, up, y, p.out_width());
+  } else {
+    const char* bias = static_cast<const char*>(p.bias);
+    kernels.finish(sums, bias ? bias + n * kernels.stored_bytes : nullptr, y, p.out_width());
+  }
+}
+
+void sum_tiles(const Kernels& kernels, const Problem& p, const Weight& weight, int64_t block,
+               const char* x, int64_t x_row, float* sums) {
+  const int64_t begin = weight.pointer[block];
+  const int64_t block_size = p.height * p.width;
+  const TileCall call{weight.column + begin, weight.pointer[block + 1] - begin, block_size,
+                      p.width, x_row, p.height};
+  const char* w = static_cast<const char*>(weight.values) + begin * block_size * kernels.stored_bytes;
+  const int64_t columns = kernels.tile_columns[p.num_rows < kernels.tile_rows ? p.num_rows
+                                                                              : kernels.tile_rows];
+  for (int64_t n = 0; n < p.height; n += columns) {
+    for (int64_t m = 0; m < p.num_rows; m += kernels.tile_rows) {
+      const int64_t rest = p.num_rows - m;
+      const int64_t rows = rest < kernels.tile_rows ? rest : kernels.tile_rows;
+      for (int64_t at = n; at < n + columns; at += kernels.tile_columns[rows]) {
+        kernels.tiles[rows](call, x + m * x_row * kernels.prepared_bytes,
+                            w + at * p.width * kernels.stored_bytes, sums + m * p.height + at);
+      }
+    }
+  }
+}
+
+// Where panels become as fast, with 16 lanes.
+constexpr int64_t kMaxFewRows = 11;
+
+// A few rows of x, at most kMaxFewRows: lanes along in_features.
+Status run_tiles(const Kernels& kernels, const Problem& p, int threads) {
+  const char* x = static_cast<const char*>(p.x);
+  int64_t x_row = p.x_stride;
+  char* prepared = nullptr;
+  if (!kernels.is_prepared) {
+    prepared = static_cast<char*>(malloc(p.num_rows * p.in_size * kernels.prepared_bytes));
+    if (!prepared) return kNoMemory;
+    for (int64_t m = 0; m < p.num_rows; m++) {
+      kernels.prepare(x + m * p.x_stride * kernels.stored_bytes,
+                      prepared + m * p.in_size * kernels.prepared_bytes, p.in_size);
+    }
+    x = prepared;
+    x_row = p.in_size;
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t block = 0; block < p.out_blocks; block++) {
+    alignas(64) float sums[2][kMaxFewRows * kMaxSide];
+    for (int64_t i = 0; i < p.num_weights; i++) {
+      sum_tiles(kernels, p, p.weights[i], block, x, x_row, sums[i]);
+    }
+    for (int64_t m = 0; m < p.num_rows; m++) {
+      write_row(kernels, p, block, m, sums[0] + m * p.height, sums[1] + m * p.height);
+    }
+  }
+  free(prepared);
+  return kDone;
+}
+
+void sum_panel(const Kernels& kernels, const Problem& p, const Weight& weight, int64_t block,
+               const void* x, int64_t vectors, float* sums) {
+  alignas(64) float by_column[kMaxSide * kMaxVectors * kMaxLanes];
+  const int64_t begin = weight.pointer[block];
+  const int64_t block_size = p.height * p.width;
+  const PanelCall call{weight.column + begin, p.is_transposed ? weight.place + begin : nullptr,
+                       weight.pointer[block + 1] - begin, block_size, p.height, p.width};
+  const char* w = static_cast<const char*>(weight.values);
+  if (!p.is_transposed) w += begin * block_size * kernels.stored_bytes;
+  const int64_t columns = kernels.panel_columns[vectors];
+  for (int64_t n = 0; n < p.out_width(); n += columns) {
+    const int64_t at = p.is_transposed ? n : n * p.width;
+    kernels.panels[p.is_transposed][vectors](call, x, w + at * kernels.stored_bytes,
+                                             by_column + n * vectors * kernels.lanes);
+  }
+  kernels.unpack_panel(by_column, vectors, p.out_width(), sums);
+}
+
+// Many rows of x: lanes are rows.
+Status run_panels(const Kernels& kernels, const Problem& p, int threads) {
+  const int64_t lanes = kernels.lanes;
+  const int64_t needed = (p.num_rows + lanes - 1) / lanes;
+  const int64_t panel = (needed < kMaxVectors ? needed : kMaxVectors) * lanes;
+  // Packing writes whole squares of units: a row may end within one.
+  const int64_t units = (p.in_size + 2 * lanes - 1) / (2 * lanes) * (2 * lanes);
+  void* packed = aligned_alloc(64, (units * panel * 4 + 63) / 64 * 64);
+  if (!packed) return kNoMemory;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  for (int64_t start = 0; start < p.num_rows; start += panel) {
+    const int64_t rows = p.num_rows - start < panel ? p.num_rows - start : panel;
+    const int64_t vectors = (rows + lanes - 1) / lanes;
+#pragma omp for schedule(static)
+    for (int64_t v = 0; v < vectors; v++) {
+      const int64_t m = start + v * lanes;
+      const int64_t rest = p.num_rows - m;
+      kernels.pack_panel(static_cast<const char*>(p.x) + m * p.x_stride * kernels.stored_bytes,
+                         p.x_stride, rest < lanes ? rest : lanes, p.in_size, vectors,
+                         static_cast<float*>(packed) + v * lanes);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t block = 0; block < p.out_blocks; block++) {
+      alignas(64) float sums[2][kMaxSide * kMaxVectors * kMaxLanes];
+      for (int64_t i = 0; i < p.num_weights; i++) {
+        sum_panel(kernels, p, p.weights[i], block, packed, vectors, sums[i]);
+      }
+      for (int64_t m = 0; m < rows; m++) {
+        const int64_t at = m * p.out_width();
+        write_row(kernels, p, block, start + m, sums[0] + at, sums[1] + at);
+      }
+    }
+  }
+  free(packed);
+  return kDone;
+}
+
+
+// Whole vectors of rows as panels; a few that are left over as tiles.
+Status run(const Kernels& kernels, const Problem& p, int threads) {
+  const int64_t few = p.is_transposed ? 0 : kMaxFewRows;
+  const int64_t rest = p.num_rows % kernels.lanes;
+  if (rest == 0 || rest > few) return run_panels(kernels, p, threads);
+  Problem many = p, left = p;
+  many.num_rows = p.num_rows - rest;
+  left.num_rows = rest;
+  left.x = static_cast<const char*>(p.x) + many.num_rows * p.x_stride * kernels.stored_bytes;
+  left.y = static_cast<char*>(p.y) +
+           many.num_rows * p.out_blocks * p.out_width() * kernels.stored_bytes;
+  const Status status = many.num_rows ? run_panels(kernels, many, threads) : kDone;
+  return status == kDone ? run_tiles(kernels, left, threads) : status;
+}
+
+bool find_kernels(int element, int instruction_set, Kernels* found) {
+#if IS_X86
+  if (instruction_set == kAvx512BF16) {
+    if (element == kF32) *found = avx512_bf16::kernels<avx512_bf16::F32>();
+    if (element == kBF16) *found = avx512_bf16::kernels<avx512_bf16::Dot>();
+    if (element == kF16) *found = avx512_bf16::kernels<avx512_bf16::F16>();
+    return true;
+  }
+  if (instruction_set == kAvx512) {
+    if (element == kF32) *found = avx512::kernels<avx512::F32>();
+    if (element == kBF16) *found = avx512::kernels<avx512::BF16>();
+    if (element == kF16) *found = avx512::kernels<avx512::F16>();
+    return true;
+  }
+  if (instruction_set == kAvx2) {
+    if (element == kF32) *found = avx2::kernels<avx2::F32>();
+    if (element == kBF16) *found = avx2::kernels<avx2::BF16>();
+    if (element == kF16) *found = avx2::kernels<avx2::F16>();
+    return true;
+  }
+#endif
+  if (element == kF32) *found = portable::kernels<portable::F32>();
+  if (element == kBF16) *found = portable::kernels<portable::BF16>();
+  return element != kF16;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The best instruction set of this processor.
+EXPORT int llmprune_instruction_set() {
+#if IS_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512BF16;
+  if (avx512) return kAvx512;
+  if (avx2) return kAvx2;
+#endif
+  return kPortable;
+}
+
+// x W^T + bias; `bias` may be null. x has unit stride along in_features, y is contiguous.
+EXPORT int llmprune_linear(int element, int instruction_set, int threads, const void* x,
+                           int64_t x_stride, int64_t num_rows, int64_t in_features,
+                           int64_t block_rows, int64_t height, int64_t width, const void* values,
+                           const int32_t* row_pointer, const int32_t* column, const void* bias,
+                           void* y) {
+  Kernels kernels;
+  if (!find_kernels(element, instruction_set, &kernels)) return kNotSupported;
+  const Problem problem{x, x_stride, num_rows, in_features, block_rows, height, width, false,
+                        {{values, row_pointer, column, nullptr}, {}}, 1, bias, y};
+  return run(kernels, problem, threads);
+}
+
+// silu(x Wg^T) * (x Wu^T), both weights of one shape in blocks of one shape.
+EXPORT int llmprune_linear_swiglu(int element, int instruction_set, int threads, const void* x,
+                                  int64_t x_stride, int64_t num_rows, int64_t in_features,
+                                  int64_t block_rows, int64_t height, int64_t width,
+                                  const void* gate, const int32_t* gate_row_pointer,
+                                  const int32_t* gate_column, const void* up,
+                                  const int32_t* up_row_pointer, const int32_t* up_column,
+                                  void* y) {
+  Kernels kernels;
+  if (!find_kernels(element, instruction_set, &kernels)) return kNotSupported;
+  const Problem problem{x, x_stride, num_rows, in_features, block_rows, height, width, false,
+                        {{gate, gate_row_pointer, gate_column, nullptr},
+                         {up, up_row_pointer, up_column, nullptr}},
+                        2, nullptr, y};
+  return run(kernels, problem, threads);
+}
+
+// dy W, through the blocks ordered by column.
+EXPORT int llmprune_grad_input(int element, int instruction_set, int threads, const void* dy,
+                               int64_t dy_stride, int64_t num_rows, int64_t out_features,
+                               int64_t block_columns, int64_t height, int64_t width,
+                               const void* values, const int32_t* column_pointer,
+                               const int32_t* row, const int32_t* place, void* dx) {
+  Kernels kernels;
+  if (!find_kernels(element, instruction_set, &kernels)) return kNotSupported;
+  const Problem problem{dy, dy_stride, num_rows, out_features, block_columns, height, width, true,
+                        {{values, column_pointer, row, place}, {}}, 1, nullptr, dx};
+  return run(kernels, problem, threads);
+}
+
+}  // extern "C"
