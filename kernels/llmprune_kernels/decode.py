@@ -10,6 +10,8 @@ its 8 to 64 columns. A tile of `block_m` 1 multiplies without tensor cores, for 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -67,7 +69,7 @@ def item_product(
         else:
             acc = multiply(w, tl.trans(x), acc, UPCAST, PRECISION)
     if MP == 1:
-        return tl.sum(acc, axis=1, keep_dims=True)
+        acc = tl.sum(acc, axis=1, keep_dims=True)
     return acc
 
 
@@ -232,9 +234,7 @@ def split_rows(tile: Tile, block: tuple[int, int], max_per_row: int) -> tuple[in
     return split, max(1, triton.cdiv(max_per_row, split))
 
 
-def constants(
-    tile: Tile, block: tuple[int, int], dtype: torch.dtype
-) -> dict[str, int | bool | str]:
+def constants(tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
     """The item kernel's compile-time numbers that its tile and dtype alone decide."""
     return {
         "MP": tile.block_m,

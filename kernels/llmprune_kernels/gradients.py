@@ -7,6 +7,9 @@ that one dy tile serves several blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -93,30 +96,32 @@ def grad_values_kernel(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradients of WIDTH / BK blocks of one block row, side by side: (BN, WIDTH)."""
+    """The gradients of WIDTH / BK blocks of one block row, side by side, as (WIDTH, BN).
+
+    WIDTH comes first because a tensor core's tile has 64 rows, which a block may not have.
+    """
     row = tl.program_id(0)
     first = tl.load(row_ptr + row) + tl.program_id(1) * (WIDTH // BK)
     count = tl.load(row_ptr + row + 1) - first
     if count <= 0:
         return
     lane = tl.arange(0, WIDTH)
-    stored = (lane // BK < count)[None, :]
-    columns = tl.load(col_ptr + first + lane // BK, mask=lane // BK < count, other=0)
+    stored = lane // BK < count
+    columns = tl.load(col_ptr + first + lane // BK, mask=stored, other=0)
     x_at = x_ptr + lane_offsets(columns, 0, WIDTH, BK)[None, :]
-    features = row * BN + tl.arange(0, BN)
-    dy_at = dy_ptr + features[None, :]
-    acc = tl.zeros((BN, WIDTH), dtype=tl.float32)
+    dy_at = dy_ptr + (row * BN + tl.arange(0, BN))[None, :]
+    acc = tl.zeros((WIDTH, BN), dtype=tl.float32)
     for begin in range(0, num_tokens, BM):
         tokens = begin + tl.arange(0, BM)
         is_token = (tokens < num_tokens)[:, None]
         far = tl.cast(tokens, tl.int64)[:, None]
+        x = tl.load(x_at + far * x_stride, mask=is_token & stored[None, :], other=0.0)
         dy = tl.load(dy_at + far * dy_stride, mask=is_token, other=0.0)
-        x = tl.load(x_at + far * x_stride, mask=is_token & stored, other=0.0)
-        acc = multiply(tl.trans(dy), x, acc, UPCAST, PRECISION)
+        acc = multiply(tl.trans(x), dy, acc, UPCAST, PRECISION)
     start = grad_ptr + tl.cast(first, tl.int64) * (BN * BK)
     along = (lane // BK) * (BN * BK) + lane % BK
-    at = start + tl.arange(0, BN)[:, None] * BK + along[None, :]
-    tl.store(at, acc.to(grad_ptr.dtype.element_ty), mask=stored)
+    at = start + along[:, None] + (tl.arange(0, BN) * BK)[None, :]
+    tl.store(at, acc.to(grad_ptr.dtype.element_ty), mask=stored[:, None])
 
 
 def grad_input(
@@ -146,10 +151,7 @@ def grad_input(
     grad_input_kernel[grid](
         dy, values, index.t_ptr, index.t_row, index.t_idx, dx,
         dy.shape[0], index.block_columns, dy.stride(0),
-        BM=tile.block_m, BN=block[0], BK=block[1], STEP=tile.step, GROUP=tile.group,
-        # columns are seldom equally full, so this is not asked of the index
-        RAGGED=tile.step > block[0], UPCAST=operands.needs_upcast(dy.dtype),
-        PRECISION=operands.dot_precision(dy.dtype), **tile.options(),
+        **input_constants(tile, block, dy.dtype), **tile.options(),
     )  # fmt: skip
     return dx
 
@@ -186,12 +188,37 @@ def grad_values(
     if grad.numel() == 0:
         return grad
     tile = config or tiles.choose_for("grad_values", grad, index, x.shape[0])
-    width = max(tile.step, block[1])
-    grid = (index.block_rows, triton.cdiv(index.max_per_row, width // block[1]))
+    constants = values_constants(tile, block, dy.dtype)
+    grid = (index.block_rows, triton.cdiv(index.max_per_row * block[1], constants["WIDTH"]))
     grad_values_kernel[grid](
         dy, x, index.row_ptr, index.col, grad, x.shape[0], dy.stride(0), x.stride(0),
-        BM=tile.block_m, BN=block[0], BK=block[1], WIDTH=width,
-        UPCAST=operands.needs_upcast(dy.dtype), PRECISION=operands.dot_precision(dy.dtype),
-        **tile.options(),
+        **constants, **tile.options(),
     )  # fmt: skip
     return grad
+
+
+def input_constants(tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time numbers of dx's kernel."""
+    return {
+        "BM": tile.block_m,
+        "BN": block[0],
+        "BK": block[1],
+        "STEP": tile.step,
+        "GROUP": tile.group,
+        # columns are seldom equally full, so the index is not asked
+        "RAGGED": tile.step > block[0],
+        "UPCAST": operands.needs_upcast(dtype),
+        "PRECISION": operands.dot_precision(dtype),
+    }
+
+
+def values_constants(tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time numbers of dW's kernel."""
+    return {
+        "BM": tile.block_m,
+        "BN": block[0],
+        "BK": block[1],
+        "WIDTH": max(tile.step, block[1]),
+        "UPCAST": operands.needs_upcast(dtype),
+        "PRECISION": operands.dot_precision(dtype),
+    }

@@ -8,6 +8,8 @@ would make Triton share its pipeline stages between the two loads, and lose most
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -153,7 +155,7 @@ def linear(
 
 def constants(
     tile: Tile, block: tuple[int, int], dtype: torch.dtype, *, ragged: bool
-) -> dict[str, int | bool | str]:
+) -> dict[str, Any]:
     """The kernel's compile-time numbers of a tile, all but HAS_BIAS."""
     return {
         "BM": tile.block_m,

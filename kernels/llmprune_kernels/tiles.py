@@ -1,8 +1,8 @@
 """Tile: how a kernel is cut for a GPU; and the tables that say which tile for which problem.
 
 A table is a JSON file `{"device", "measured", "note", "tiles": [entry, ...]}`. An entry holds
-"kind", "dtype" ("half" or "float"), "tile", and any of "block" ([rows, columns], null = any) and
-the numbers "tokens", "out_features", "in_features", "density"; of the entries that fit, the one
+"kind", "dtype" ("half" or "float"), "tile", and any of "arch" (a list), "block" ([rows, columns],
+null = any) and the numbers "tokens", "out_features", "in_features", "density"; of the entries that fit, the one
 nearest in those numbers (sum of |log2| of the ratios) is taken. The user's table of the device is
 asked first, then the shipped one of the device, then the shipped default, which nobody measured.
 """
@@ -133,7 +133,7 @@ def choose_for(kind: Kind, values: Tensor, index: BlockIndex, num_tokens: int) -
 def choose_tile(kind: Kind, device: Device, problem: Problem) -> Tile:
     """The nearest entry's tile of the first table that has one, made to fit the GPU."""
     for table in tables(device):
-        tile = nearest_tile(table, kind, problem)
+        tile = nearest_tile(table, kind, problem, device.arch)
         if tile is not None:
             return fit(kind, tile, problem, device)
     raise ValueError(f"no table has a {kind} tile for {problem}; the default table must")
@@ -174,13 +174,15 @@ def read_table(path: Path) -> dict[str, Any]:
     return table
 
 
-def nearest_tile(table: dict[str, Any], kind: Kind, problem: Problem) -> Tile | None:
-    """The tile of the nearest entry of this kind, dtype and block; None when there is none."""
+def nearest_tile(table: dict[str, Any], kind: Kind, problem: Problem, arch: str) -> Tile | None:
+    """The tile of the nearest entry of this kind, dtype, block and arch; None if there is none."""
     width = "float" if problem.dtype == torch.float32 else "half"
     fitting = [
         entry
         for entry in table["tiles"]
-        if (entry["kind"], entry["dtype"]) == (kind, width) and _has_block(entry, problem.block)
+        if (entry["kind"], entry["dtype"]) == (kind, width)
+        and arch in entry.get("arch", [arch])
+        and _has_block(entry, problem.block)
     ]
     if not fitting:
         return None
@@ -216,7 +218,7 @@ def shared_bytes(kind: Kind, tile: Tile, block: tuple[int, int], dtype: torch.dt
     if kind == "grad_input":
         sides, step = tile.block_m + columns, tile.step
     elif kind == "grad_values":
-        # a step is block_m tokens; the tile is the block's rows by merged columns
+        # a step is block_m tokens; the tile is merged columns by the block's rows
         sides, step = rows + max(tile.step, columns), tile.block_m
     else:
         # swiglu with one pattern for both has two weight tiles in flight

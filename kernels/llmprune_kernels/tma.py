@@ -8,6 +8,8 @@ size is the block's columns, at most `step`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -126,9 +128,7 @@ def check_descriptors(x: Tensor, values: Tensor) -> None:
         raise ValueError(f"tma counts block rows in 32 bits, got {lines}: use matmul")
 
 
-def constants(
-    tile: Tile, block: tuple[int, int], dtype: torch.dtype
-) -> dict[str, int | bool | str]:
+def constants(tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
     """The kernel's compile-time numbers of a tile, all but HAS_BIAS."""
     return {
         "BM": tile.block_m,

@@ -3,7 +3,8 @@
 The blocks of one block row are taken as lying side by side along the inner dimension, and a kernel
 takes STEP of it at a time: one dot of inner size STEP, whether that is four narrow blocks, one
 block, or half of a wide one. SIDE is the block's side along the walk. When STEP > SIDE every lane
-has its own block, else all lanes share one (a scalar).
+has its own block, else all lanes share one (a scalar). A function returns once, at its end: the
+compiler takes no return inside an `if`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ def program_tile(pid, num_token_tiles, block_rows, GROUP: tl.constexpr):
 def lane_blocks(step, STEP: tl.constexpr, SIDE: tl.constexpr):
     """Which block of its row every lane of a step reads, counted from the row's first."""
     if STEP > SIDE:
-        return step * (STEP // SIDE) + tl.arange(0, STEP) // SIDE
-    return step // (SIDE // STEP)
+        blocks = step * (STEP // SIDE) + tl.arange(0, STEP) // SIDE
+    else:
+        blocks = step // (SIDE // STEP)
+    return blocks
 
 
 @triton.jit
@@ -43,22 +46,26 @@ def load_places(places_ptr, step, STEP: tl.constexpr, SIDE: tl.constexpr):
     """
     if STEP == 2 * SIDE:
         at = places_ptr + step * 2
-        return tl.where(tl.arange(0, STEP) < SIDE, tl.load(at), tl.load(at + 1))
-    if STEP == 4 * SIDE:
+        places = tl.where(tl.arange(0, STEP) < SIDE, tl.load(at), tl.load(at + 1))
+    elif STEP == 4 * SIDE:
         at = places_ptr + step * 4
         lane = tl.arange(0, STEP)
         low = tl.where(lane < SIDE, tl.load(at), tl.load(at + 1))
         high = tl.where(lane < 3 * SIDE, tl.load(at + 2), tl.load(at + 3))
-        return tl.where(lane < 2 * SIDE, low, high)
-    return tl.load(places_ptr + lane_blocks(step, STEP, SIDE))
+        places = tl.where(lane < 2 * SIDE, low, high)
+    else:
+        places = tl.load(places_ptr + lane_blocks(step, STEP, SIDE))
+    return places
 
 
 @triton.jit
 def lanes_inside(step, STEP: tl.constexpr, SIDE: tl.constexpr):
     """Where in its block every lane reads."""
     if STEP > SIDE:
-        return tl.arange(0, STEP) % SIDE
-    return step % (SIDE // STEP) * STEP + tl.arange(0, STEP)
+        lanes = tl.arange(0, STEP) % SIDE
+    else:
+        lanes = step % (SIDE // STEP) * STEP + tl.arange(0, STEP)
+    return lanes
 
 
 @triton.jit

@@ -9,9 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from llmprune_kernels import decode, gradients, matmul, swiglu, tma
+from llmprune_kernels.tiles import Tile
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INDEX_POINTERS = {
@@ -24,6 +28,7 @@ INDEX_POINTERS = {
     "up_col_ptr",
 }
 INDEX_POINTERS |= {"gate_row_ptr", "gate_col_ptr"}
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class Compiled:
@@ -128,3 +133,40 @@ def _plain_type(name: str, dtype: str) -> str:
     if name == "partial_ptr":
         return "*fp32"
     return f"*{dtype}" if name.endswith("_ptr") else "i32"
+
+
+def launches(
+    kind: str, tile: Tile, block: tuple[int, int], dtype: torch.dtype
+) -> list[tuple[str, Any, dict[str, Any], dict[str, str]]]:
+    """What launchers of a kind run with a tile: (name, kernel, constants, types), bias included."""
+    merged = tile.step > block[1]
+    if kind == "matmul":
+        constants = matmul.constants(tile, block, dtype, ragged=merged) | {"HAS_BIAS": True}
+        return [("matmul", matmul.linear_kernel, constants, {})]
+    if kind == "tma":
+        constants = tma.constants(tile, block, dtype) | {"HAS_BIAS": True}
+        box = f"{NAMES[dtype]}[{{}},{constants['STEP']}]"
+        types = {
+            "x_tensor": f"tensordesc<{box.format(tile.block_m)}>",
+            "values_tensor": f"tensordesc<{box.format(block[0])}>",
+        }
+        return [("tma", tma.tma_kernel, constants, types)]
+    if kind == "decode":
+        constants = decode.constants(tile, block, dtype)
+        constants |= {"BN": block[0], "SPLIT": 8, "RAGGED": merged}
+        alone = constants | {"PARTIAL": True, "HAS_BIAS": True}
+        return [
+            ("decode", decode.item_kernel, alone, {"out_ptr": "*fp32"}),
+            ("swiglu decode", swiglu.swiglu_item_kernel, constants, {}),
+        ]
+    if kind == "swiglu":
+        constants = matmul.constants(tile, block, dtype, ragged=merged)
+        return [
+            ("swiglu tied", swiglu.swiglu_kernel, constants | {"TIED": True}, {}),
+            ("swiglu", swiglu.swiglu_kernel, constants | {"TIED": False}, {}),
+        ]
+    if kind == "grad_input":
+        constants = gradients.input_constants(tile, block, dtype)
+        return [("grad_input", gradients.grad_input_kernel, constants, {})]
+    constants = gradients.values_constants(tile, block, dtype)
+    return [("grad_values", gradients.grad_values_kernel, constants, {})]
