@@ -2,9 +2,10 @@
 
 A table is a JSON file `{"device", "measured", "note", "tiles": [entry, ...]}`. An entry holds
 "kind", "dtype" ("half" or "float"), "tile", and any of "arch" (a list), "block" ([rows, columns],
-null = any) and the numbers "tokens", "out_features", "in_features", "density"; of the entries that fit, the one
-nearest in those numbers (sum of |log2| of the ratios) is taken. The user's table of the device is
-asked first, then the shipped one of the device, then the shipped default, which nobody measured.
+null = any) and the numbers "tokens", "out_features", "in_features", "density". Of the entries that
+fit, the one nearest in those numbers (sum of |log2| of the ratios) is taken. The user's table of
+the device is asked first, then the shipped one of the device, then the shipped default, which
+nobody measured.
 """
 
 from __future__ import annotations

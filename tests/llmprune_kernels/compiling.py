@@ -18,16 +18,8 @@ from llmprune_kernels import decode, gradients, matmul, swiglu, tma
 from llmprune_kernels.tiles import Tile
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INDEX_POINTERS = {
-    "row_ptr",
-    "col_ptr",
-    "t_ptr",
-    "t_row_ptr",
-    "t_idx_ptr",
-    "up_row_ptr",
-    "up_col_ptr",
-}
-INDEX_POINTERS |= {"gate_row_ptr", "gate_col_ptr"}
+INDEX_POINTERS = {"row_ptr", "col_ptr", "t_ptr", "t_row_ptr", "t_idx_ptr", "row_index_ptr"}
+INDEX_POINTERS |= {"gate_row_ptr", "gate_col_ptr", "up_row_ptr", "up_col_ptr"}
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -42,6 +34,7 @@ class Compiled:
         num_warps: Warps of a program.
         num_stages: Depth of the pipeline.
         types: Types of arguments that are neither plain pointers nor int32.
+        aligned: Sizes that are multiples of 16, beside all pointers and strides.
     """
 
     def __init__(
@@ -54,6 +47,7 @@ class Compiled:
         num_warps: int,
         num_stages: int,
         types: dict[str, str] | None = None,
+        aligned: tuple[str, ...] = (),
     ) -> None:
         self.arch = arch
         self.num_stages = num_stages
@@ -65,7 +59,7 @@ class Compiled:
                 given[name] = constants[name]
                 continue
             signature[name] = types.get(name) or _plain_type(name, dtype)
-            if name.endswith(("_ptr", "_stride")) and not signature[name].startswith("tensordesc"):
+            if name.endswith(("_ptr", "_stride")) or name in aligned:
                 attrs[(place,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=attrs)
         self.binary = triton.compile(
@@ -114,6 +108,10 @@ class Compiled:
     @property
     def registers(self) -> int:
         return max(int(count) for count in re.findall(r"Used (\d+) registers", self.assembler_log))
+
+    @property
+    def uses_atomics(self) -> bool:
+        return re.search(r"^\s*(@%\w+ )?(atom|red)\.", self.ptx, re.MULTILINE) is not None
 
     def count(self, instruction: str) -> int:
         """Lines of PTX (or AMD assembly) that name an instruction."""
