@@ -23,7 +23,7 @@ from llmprune_kernels.matmul import is_ragged
 from llmprune_kernels.tiles import Tile
 from llmprune_kernels.walk import lane_blocks, lane_offsets, load_places, multiply, row_tile_offsets
 
-MAX_TOKENS = 64
+MAX_TOKENS = tiles.MAX_DECODE_TOKENS
 # The reduction holds all partial sums of a row's feature at once.
 MAX_ITEMS = 64
 

@@ -41,6 +41,8 @@ SHARED_BYTES = {
     "gfx950": 160 << 10,
 }
 SMALLEST_SHARED_BYTES = 64 << 10
+# beyond this many tokens a weight tile is no longer the larger operand of the decode kernel
+MAX_DECODE_TOKENS = 64
 NUMBERS = ("tokens", "out_features", "in_features", "density")
 
 
@@ -89,6 +91,16 @@ class Problem:
     density: float
     block: tuple[int, int]
     dtype: torch.dtype
+
+    @property
+    def stored(self) -> float:
+        """Numbers in the stored blocks."""
+        return self.density * self.out_features * self.in_features
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the stored blocks, without the index."""
+        return round(self.stored) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("an interpreted kernel can't be compiled", allow_module_level=True)
 
-import triton
-import triton.language as tl
-
-from llmprune_kernels import densify, tiles
+from llmprune_kernels import densify, matmul, tiles
 from llmprune_kernels.tiles import SHARED_BYTES, Device, Problem, Tile
-from llmprune_kernels.walk import load_places, row_tile_offsets
 
 _spec = importlib.util.spec_from_file_location(
     "compiling", Path(__file__).with_name("compiling.py")
@@ -30,11 +26,21 @@ _spec = importlib.util.spec_from_file_location(
 compiling = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(compiling)
 
+BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
 ARCHS = ("sm_80", "sm_90", "sm_100")
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}
 # the block that an entry for any columns (or rows) is compiled with: merged, as the default is
 NARROW = 32
+
+
+@pytest.fixture
+def in_loop_kernel(monkeypatch: pytest.MonkeyPatch):
+    """The control of the benchmark's comparison."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import in_loop_kernel
+
+    return in_loop_kernel.in_loop_kernel
 
 
 def entries(arch: str) -> list:
@@ -156,42 +162,17 @@ def test_densify_moves_sixteen_bytes_at_a_time():
     assert binary.count("ld.global.b16") == 0
 
 
-@triton.jit
-def in_loop_kernel(
-    x_ptr, values_ptr, row_ptr, col_ptr, y_ptr, x_stride, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, CARRIED: tl.constexpr,
-):  # fmt: skip
-    """The prefill's loop on one row, with the column loaded where it is used unless CARRIED."""
-    count = tl.load(row_ptr)
-    tokens = tl.arange(0, BM)
-    x_rows = x_ptr + tokens[:, None] * x_stride
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    column = load_places(col_ptr, 0, BK, BK)
-    for step in range(0, count):
-        if not CARRIED:
-            column = load_places(col_ptr, step, BK, BK)
-        x = tl.load(x_rows + (column * BK + tl.arange(0, BK))[None, :])
-        w = tl.load(values_ptr + row_tile_offsets(step, BK, BN, BK))
-        if CARRIED:
-            column = load_places(col_ptr, step + 1, BK, BK)
-        acc = tl.dot(x, tl.trans(w), acc)
-    tl.store(y_ptr + tokens[:, None] * BN + tl.arange(0, BN)[None, :], acc.to(tl.bfloat16))
-
-
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_an_index_loaded_inside_the_loop_loses_the_pipeline(arch):
+def test_an_index_loaded_inside_the_loop_loses_the_pipeline(arch, in_loop_kernel):
     """What `check` asks of the depth: a kernel that loads its index in the loop fails it."""
+    tile, block = Tile(128, 8, 4), (128, 32)
+    constants = matmul.constants(tile, block, torch.bfloat16, ragged=False)
     depth = {}
-    for carried in (False, True):
+    for kernel in (matmul.linear_kernel, in_loop_kernel):
+        bias = {"HAS_BIAS": False} if kernel is matmul.linear_kernel else {}
         binary = compiling.Compiled(
-            in_loop_kernel,
-            arch,
-            {"BM": 128, "BN": 128, "BK": 32, "CARRIED": carried},
-            dtype="bf16",
-            num_warps=8,
-            num_stages=4,
+            kernel, arch, constants | bias, dtype="bf16", num_warps=8, num_stages=tile.num_stages
         )
         # without a pipeline there are no buffers at all
-        depth[carried] = min(binary.buffers, default=0)
-    assert depth[True] >= 3
-    assert depth[False] < 3
+        depth[kernel] = min(binary.buffers, default=0)
+    assert depth[matmul.linear_kernel] >= tile.num_stages - 1 > depth[in_loop_kernel]
