@@ -34,9 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(NO_GPU, file=sys.stderr)
         return 2
     # needs triton
-    from gpu_run import run_all
+    from gpu_run import Run, run_all
 
-    return run_all(options.budget_s, options.results)
+    place = torch.device("cuda", torch.cuda.current_device())
+    return run_all(Run(options.budget_s, options.results, place))
 
 
 def listing() -> list[str]:

@@ -70,12 +70,14 @@ def timed_cases() -> list[Case]:
         for tokens in (1, 4096)
     ]
     backward = [
-        Case(name, Problem(4096, *SHAPES[0], density, (128, 32), BF16), (kind,))
-        for density in (0.5, 0.25)
+        [
+            Case(name, Problem(4096, *SHAPES[0], density, (128, 32), BF16), (kind,))
+            for density in (0.5, 0.25)
+        ]
         for name, kind in BACKWARD
     ]
     # the first of each table first: a short budget still shows every kind
-    return _round_robin(decode, prefill, wide, gated, backward)
+    return _round_robin(decode, prefill, wide, gated, *backward)
 
 
 def block_problems() -> list[Problem]:

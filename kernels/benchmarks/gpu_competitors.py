@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._triton import has_triton
 
 from llmprune_kernels.densify import densify
 from llmprune_kernels.timing import Graph, Launch, copies_needed, interleaved
@@ -41,7 +42,13 @@ def densify_launches(trial: Trial) -> list[Launch]:
 
 
 def torch_bsr_launches(trial: Trial, meta: dict[str, int]) -> list[Callable[[], Tensor]]:
-    """`torch.sparse`'s kernel; its result is the transposed product."""
+    """`torch.sparse`'s kernel; its result is the transposed product.
+
+    Raises:
+        ValueError: torch does not have it here.
+    """
+    if not has_triton():
+        raise ValueError("torch finds no GPU that its kernel runs on")
     from torch.sparse._triton_ops import bsr_dense_addmm
 
     problem, index = trial.problem, trial.index

@@ -28,8 +28,8 @@ REPETITIONS = 20
 class Run:
     """One run's place, deadline and report."""
 
-    def __init__(self, budget_s: float, folder: Path) -> None:
-        self.place = torch.device("cuda", torch.cuda.current_device())
+    def __init__(self, budget_s: float, folder: Path, place: torch.device) -> None:
+        self.place = place
         self.device = tiles.device_of(self.place)
         self.deadline = time.monotonic() + budget_s
         self.folder = folder
@@ -60,13 +60,12 @@ class Run:
         self.report.write(self.folder)
 
 
-def run_all(budget_s: float, folder: Path) -> int:
+def run_all(run: Run) -> int:
     """0 when all was correct and written, 1 when a kernel was wrong and nothing was timed."""
-    run = Run(budget_s, folder)
     check_all(run)
     if run.report.failures:
         print(f"{len(run.report.failures)} checks failed, so nothing is timed")
-        print(run.report.write(folder)[1])
+        print(run.report.write(run.folder)[1])
         return 1
     run.report.ceilings = ceilings(run.place)
     compare_blocks(run)
@@ -74,7 +73,7 @@ def run_all(budget_s: float, folder: Path) -> int:
     for case in timed_cases():
         if run.has_time(f"{case.section}: {case.problem}"):
             time_case(run, case)
-    print("\n".join(str(path) for path in run.report.write(folder)))
+    print("\n".join(str(path) for path in run.report.write(run.folder)))
     return 0
 
 

@@ -198,17 +198,19 @@ def linear(
     out = y if items == 1 else x.new_empty(items, num_tokens, out_features, dtype=torch.float32)
     shared = {"HAS_BIAS": bias is not None, "BN": block[0], "SPLIT": split}
     given_bias = x if bias is None else bias
-    item_kernel[(index.block_rows, items)](
-        x, values, index.row_ptr, index.col, given_bias, out,
-        num_tokens, index.block_rows, x.stride(0),
-        **shared, **constants(tile, block, x.dtype), PARTIAL=items > 1,
-        RAGGED=is_ragged(tile, block, index), **tile.options(),
-    )  # fmt: skip
-    if items > 1:
-        reduce_kernel[(index.block_rows, num_tokens)](
-            out, index.row_ptr, given_bias, y, num_tokens, index.block_rows,
-            **shared, ITEMS=triton.next_power_of_2(items), num_warps=4,
+    with torch.cuda.device_of(x):
+        item_kernel[(index.block_rows, items)](
+            x, values, index.row_ptr, index.col, given_bias, out,
+            num_tokens, index.block_rows, x.stride(0),
+            **shared, **constants(tile, block, x.dtype), PARTIAL=items > 1,
+            RAGGED=is_ragged(tile, block, index), **tile.options(),
         )  # fmt: skip
+    if items > 1:
+        with torch.cuda.device_of(x):
+            reduce_kernel[(index.block_rows, num_tokens)](
+                out, index.row_ptr, given_bias, y, num_tokens, index.block_rows,
+                **shared, ITEMS=triton.next_power_of_2(items), num_warps=4,
+            )  # fmt: skip
     return y
 
 
@@ -236,6 +238,7 @@ def split_rows(tile: Tile, block: tuple[int, int], max_per_row: int) -> tuple[in
 
 def constants(tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
     """The item kernel's compile-time numbers that its tile and dtype alone decide."""
+    operands.check_step(tile.step, block[1])
     return {
         "MP": tile.block_m,
         "BK": block[1],

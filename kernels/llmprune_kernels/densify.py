@@ -6,6 +6,7 @@ costs a few percent more than a dense layer does when there are thousands of tok
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -59,8 +60,9 @@ def densify(values: Tensor, index: BlockIndex, *, config: Tile | None = None) ->
     if index.num_blocks == 0:
         return dense
     tile = config or COPY_TILE
-    densify_kernel[(index.num_blocks,)](
-        values, index.row, index.col, dense, in_features,
-        BN=block[0], BK=block[1], num_warps=tile.num_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(values):
+        densify_kernel[(index.num_blocks,)](
+            values, index.row, index.col, dense, in_features,
+            BN=block[0], BK=block[1], num_warps=tile.num_warps,
+        )  # fmt: skip
     return dense

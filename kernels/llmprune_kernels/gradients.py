@@ -148,11 +148,12 @@ def grad_input(
         return dx
     tile = config or tiles.choose_for("grad_input", values, index, dy.shape[0])
     grid = (triton.cdiv(dy.shape[0], tile.block_m) * index.block_columns,)
-    grad_input_kernel[grid](
-        dy, values, index.t_ptr, index.t_row, index.t_idx, dx,
-        dy.shape[0], index.block_columns, dy.stride(0),
-        **input_constants(tile, block, dy.dtype), **tile.options(),
-    )  # fmt: skip
+    with torch.cuda.device_of(dy):
+        grad_input_kernel[grid](
+            dy, values, index.t_ptr, index.t_row, index.t_idx, dx,
+            dy.shape[0], index.block_columns, dy.stride(0),
+            **input_constants(tile, block, dy.dtype), **tile.options(),
+        )  # fmt: skip
     return dx
 
 
@@ -190,15 +191,17 @@ def grad_values(
     tile = config or tiles.choose_for("grad_values", grad, index, x.shape[0])
     constants = values_constants(tile, block, dy.dtype)
     grid = (index.block_rows, triton.cdiv(index.max_per_row * block[1], constants["WIDTH"]))
-    grad_values_kernel[grid](
-        dy, x, index.row_ptr, index.col, grad, x.shape[0], dy.stride(0), x.stride(0),
-        **constants, **tile.options(),
-    )  # fmt: skip
+    with torch.cuda.device_of(dy):
+        grad_values_kernel[grid](
+            dy, x, index.row_ptr, index.col, grad, x.shape[0], dy.stride(0), x.stride(0),
+            **constants, **tile.options(),
+        )  # fmt: skip
     return grad
 
 
 def input_constants(tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time numbers of dx's kernel."""
+    operands.check_step(tile.step, block[0])
     return {
         "BM": tile.block_m,
         "BN": block[0],

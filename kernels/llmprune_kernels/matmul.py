@@ -136,20 +136,21 @@ def linear(
         return y
     tile = config or tiles.choose_for("matmul", values, index, x.shape[0])
     grid = (triton.cdiv(x.shape[0], tile.block_m) * index.block_rows,)
-    linear_kernel[grid](
-        x,
-        values,
-        index.row_ptr,
-        index.col,
-        x if bias is None else bias,
-        y,
-        x.shape[0],
-        index.block_rows,
-        x.stride(0),
-        **constants(tile, block, x.dtype, ragged=is_ragged(tile, block, index)),
-        HAS_BIAS=bias is not None,
-        **tile.options(),
-    )
+    with torch.cuda.device_of(x):
+        linear_kernel[grid](
+            x,
+            values,
+            index.row_ptr,
+            index.col,
+            x if bias is None else bias,
+            y,
+            x.shape[0],
+            index.block_rows,
+            x.stride(0),
+            **constants(tile, block, x.dtype, ragged=is_ragged(tile, block, index)),
+            HAS_BIAS=bias is not None,
+            **tile.options(),
+        )
     return y
 
 
@@ -157,6 +158,7 @@ def constants(
     tile: Tile, block: tuple[int, int], dtype: torch.dtype, *, ragged: bool
 ) -> dict[str, Any]:
     """The kernel's compile-time numbers of a tile, all but HAS_BIAS."""
+    operands.check_step(tile.step, block[1])
     return {
         "BM": tile.block_m,
         "BN": block[0],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmprune_kernels.bsr import BLOCK_SIDES, BlockIndex
+from llmprune_kernels.bsr import BLOCK_SIDES, COLUMN_PADDING, BlockIndex
 from llmprune_kernels.triton_runtime import is_interpreting
 
+# the index is padded by two steps of four blocks, `bsr.COLUMN_PADDING`
+MOST_MERGED = COLUMN_PADDING // 2
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -30,9 +32,15 @@ def check_values(values: Tensor, index: BlockIndex, name: str = "values") -> tup
             f"block of its index, got {tuple(values.shape)}"
         )
     block = (values.shape[1], values.shape[2])
-    _check_sides(block, name)
+    if any(side not in BLOCK_SIDES for side in block):
+        raise ValueError(f"{name}: block sides must be two of {BLOCK_SIDES}, got {block}")
     if not values.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {values.stride()}")
+    if block[0] * block[1] * index.block_columns >= 1 << 31:
+        raise ValueError(
+            f"{name}: a block row must hold less than 2^31 numbers, got blocks {block} in "
+            f"{index.block_columns} columns"
+        )
     if index.row_ptr.device != values.device:
         raise ValueError(
             f"{name} and its index must lie on one device, got {values.device} and "
@@ -41,13 +49,18 @@ def check_values(values: Tensor, index: BlockIndex, name: str = "values") -> tup
     return block
 
 
-def check_block_sides(block: tuple[int, int]) -> None:
-    """Refuse block sides that kernels don't know.
+def check_step(step: int, side: int) -> None:
+    """Refuse a step that reads the index further ahead than it is padded.
+
+    Args:
+        step: Inner size of one dot.
+        side: The block's side along it.
 
     Raises:
-        ValueError: A side is not one of `bsr.BLOCK_SIDES`.
+        ValueError: The step merges more than four blocks.
     """
-    _check_sides(block, "block")
+    if step > MOST_MERGED * side:
+        raise ValueError(f"tile: step must be at most {MOST_MERGED} blocks of {side}, got {step}")
 
 
 def token_rows(x: Tensor, features: int, like: Tensor, name: str = "x") -> Tensor:
@@ -97,8 +110,3 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"
-
-
-def _check_sides(block: tuple[int, int], name: str) -> None:
-    if any(side not in BLOCK_SIDES for side in block):
-        raise ValueError(f"{name}: block sides must be two of {BLOCK_SIDES}, got {block}")

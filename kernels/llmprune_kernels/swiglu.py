@@ -236,12 +236,13 @@ def linear_swiglu(
     tile = config or tiles.choose_for("swiglu", gate, gate_index, x.shape[0])
     grid = (triton.cdiv(x.shape[0], tile.block_m) * gate_index.block_rows,)
     ragged = any(matmul.is_ragged(tile, block, index) for index in (gate_index, up_index))
-    swiglu_kernel[grid](
-        x, gate, gate_index.row_ptr, gate_index.col, up, up_index.row_ptr, up_index.col, y,
-        x.shape[0], gate_index.block_rows, x.stride(0),
-        **matmul.constants(tile, block, x.dtype, ragged=ragged),
-        TIED=gate_index is up_index, **tile.options(),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        swiglu_kernel[grid](
+            x, gate, gate_index.row_ptr, gate_index.col, up, up_index.row_ptr, up_index.col, y,
+            x.shape[0], gate_index.block_rows, x.stride(0),
+            **matmul.constants(tile, block, x.dtype, ragged=ragged),
+            TIED=gate_index is up_index, **tile.options(),
+        )  # fmt: skip
     return y
 
 
@@ -276,13 +277,17 @@ def _few_tokens(
     partial = x.new_empty(2, items, num_tokens, y.shape[1], dtype=torch.float32)
     shared = {"BN": block[0], "SPLIT": split}
     ragged = any(matmul.is_ragged(tile, block, index) for index in (gate_index, up_index))
-    swiglu_item_kernel[(gate_index.block_rows, items, 2)](
-        x, gate, gate_index.row_ptr, gate_index.col, up, up_index.row_ptr, up_index.col, partial,
-        num_tokens, gate_index.block_rows, items, x.stride(0),
-        **shared, **decode.constants(tile, block, x.dtype), RAGGED=ragged, **tile.options(),
-    )  # fmt: skip
-    swiglu_reduce_kernel[(gate_index.block_rows, num_tokens)](
-        partial, gate_index.row_ptr, up_index.row_ptr, y, num_tokens, gate_index.block_rows, items,
-        **shared, ITEMS=triton.next_power_of_2(items), num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        swiglu_item_kernel[(gate_index.block_rows, items, 2)](
+            x, gate, gate_index.row_ptr, gate_index.col,
+            up, up_index.row_ptr, up_index.col, partial,
+            num_tokens, gate_index.block_rows, items, x.stride(0),
+            **shared, **decode.constants(tile, block, x.dtype), RAGGED=ragged, **tile.options(),
+        )  # fmt: skip
+    with torch.cuda.device_of(x):
+        swiglu_reduce_kernel[(gate_index.block_rows, num_tokens)](
+            partial, gate_index.row_ptr, up_index.row_ptr, y,
+            num_tokens, gate_index.block_rows, items,
+            **shared, ITEMS=triton.next_power_of_2(items), num_warps=4,
+        )  # fmt: skip
     return y

@@ -96,11 +96,12 @@ def linear(
     x_tensor = TensorDescriptor.from_tensor(x, [tile.block_m, step])
     values_tensor = TensorDescriptor.from_tensor(values.flatten(0, 1), [block[0], step])
     grid = (triton.cdiv(x.shape[0], tile.block_m) * index.block_rows,)
-    tma_kernel[grid](
-        x_tensor, values_tensor, index.row_ptr, index.col, x if bias is None else bias, y,
-        x.shape[0], index.block_rows, **constants(tile, block, x.dtype),
-        HAS_BIAS=bias is not None, **tile.options(),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        tma_kernel[grid](
+            x_tensor, values_tensor, index.row_ptr, index.col, x if bias is None else bias, y,
+            x.shape[0], index.block_rows, **constants(tile, block, x.dtype),
+            HAS_BIAS=bias is not None, **tile.options(),
+        )  # fmt: skip
     return y
 
 
@@ -118,10 +119,10 @@ def check_descriptors(x: Tensor, values: Tensor) -> None:
     for name, tensor in (("x", x), ("values", values)):
         if tensor.data_ptr() % ALIGNMENT_BYTES:
             raise ValueError(f"tma needs {name} to begin at a multiple of 16 bytes: use matmul")
-    if x.stride(0) * x.element_size() % ALIGNMENT_BYTES:
+    if x.stride(0) * x.element_size() % ALIGNMENT_BYTES or x.stride(0) < 1:
         raise ValueError(
-            f"tma needs x's row stride to be a multiple of 16 bytes, got {x.stride(0)} elements of "
-            f"{x.element_size()} bytes: use matmul"
+            "tma needs x's row stride to be a positive multiple of 16 bytes, got "
+            f"{x.stride(0)} elements of {x.element_size()} bytes: use matmul"
         )
     lines = values.shape[0] * values.shape[1]
     if lines >= 1 << 31:

@@ -287,6 +287,13 @@ def refuses(what: str, message: str) -> None:
             x, values, index, config=tile_of(torch.float32, block_m=1)
         ),
         "an odd stride": lambda: tma.linear(torch.randn(4, 161)[:, :160], values, index),
+        "a long step": lambda: matmul.linear(
+            torch.randn(4, 80),
+            torch.randn(count, 32, 16),
+            index,
+            config=tile_of(torch.float32, step=128),
+        ),
+        "rows that are one row": lambda: tma.linear(x[:1].expand(4, 160), values, index),
         "an odd base": lambda: tma.linear(torch.randn(4 * 160 + 1)[1:].view(4, 160), values, index),
         "unlike gate and up": lambda: swiglu.linear_swiglu(
             x, values, index, torch.randn(15, 32, 32), other
@@ -308,7 +315,9 @@ REFUSALS = {
     "a short bias": r"bias must be contiguous, of shape \(48,\)",
     "many tokens": "at most 64 tokens, got 65: use matmul",
     "a narrow tile": "must hold every token, got block_m 1 for 4",
-    "an odd stride": "row stride to be a multiple of 16 bytes, got 161",
+    "a long step": "step must be at most 4 blocks of 16, got 128",
+    "rows that are one row": "positive multiple of 16 bytes, got 0",
+    "an odd stride": "row stride to be a positive multiple of 16 bytes, got 161",
     "an odd base": "begin at a multiple of 16 bytes",
     "unlike gate and up": "gate and up must have one block",
     "unlike rows": "as many rows, got 3 and 4",
