@@ -1,0 +1,171 @@
+"""The GPU run itself: checks, ceilings, comparisons of designs, and tables, until time is over."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import gpu_competitors
+import in_loop_kernel
+import torch
+import triton
+from gpu_cases import Case, block_problems, correctness_cases, pattern_mask, timed_cases
+from gpu_report import Report, Row
+
+from llmprune_kernels import tiles
+from llmprune_kernels.tiles import Kind, Problem
+from llmprune_kernels.timing import Graph, Launch, interleaved
+from llmprune_kernels.trials import Trial
+
+# architectures with the bulk copy engine
+NEWER = ("sm_90", "sm_100", "sm_103", "sm_120")
+REPETITIONS = 20
+
+
+class Run:
+    """One run's place, deadline and report."""
+
+    def __init__(self, budget_s: float, folder: Path, place: torch.device) -> None:
+        self.place = place
+        self.device = tiles.device_of(self.place)
+        self.deadline = time.monotonic() + budget_s
+        self.folder = folder
+        versions = {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": str(torch.version.cuda),
+        }
+        self.report = Report(self.device.name, versions, datetime.now(UTC).date().isoformat())
+
+    def runs(self, kind: Kind) -> bool:
+        """Whether the device has what a kind of kernel needs."""
+        return kind != "tma" or self.device.arch in NEWER
+
+    def has_time(self, what: str) -> bool:
+        """Whether there is time for it; if not, the report says so."""
+        if time.monotonic() < self.deadline:
+            print(what, flush=True)
+            return True
+        self.report.left_out.append(f"{what} (no time)")
+        return False
+
+    def add(self, section: str, problem: Problem, launches: dict[str, list[Launch]]) -> None:
+        """Time candidates in turns, add a row for each and write the report."""
+        graphs = {name: Graph(given) for name, given in launches.items()}
+        for name, timing in interleaved(graphs).items():
+            self.report.rows.append(Row(section, problem, name, timing))
+        self.report.write(self.folder)
+
+
+def run_all(run: Run) -> int:
+    """0 when all was correct and written, 1 when a kernel was wrong and nothing was timed."""
+    check_all(run)
+    if run.report.failures:
+        print(f"{len(run.report.failures)} checks failed, so nothing is timed")
+        print(run.report.write(run.folder)[1])
+        return 1
+    run.report.ceilings = ceilings(run.place)
+    compare_blocks(run)
+    compare_decode(run)
+    for case in timed_cases():
+        if run.has_time(f"{case.section}: {case.problem}"):
+            time_case(run, case)
+    print("\n".join(str(path) for path in run.report.write(run.folder)))
+    return 0
+
+
+def check_all(run: Run) -> None:
+    """Every correctness case, and that decode gives the same bits again and again."""
+    for problem, pattern, kinds in correctness_cases():
+        rows, columns = problem.block
+        mask = pattern_mask(pattern, problem.out_features // rows, problem.in_features // columns)
+        trial = Trial.of(problem, run.place, keep_mask=mask, copies=2)
+        for kind in filter(run.runs, kinds):
+            launch = trial.launch(kind, None)
+            got = launch()
+            wrong = trial.error(kind, got, trial.wanted(kind))
+            if not wrong and kind == "decode":
+                same = all(torch.equal(launch(), got) for _ in range(REPETITIONS))
+                wrong = "" if same else f"decode: not the same bits in {REPETITIONS} runs"
+            case = f"{kind}, {pattern}, {problem}"
+            run.report.checks.append({"case": case, "problem": wrong})
+
+
+def ceilings(place: torch.device) -> dict[str, float]:
+    """What the device does at best: bandwidths in TB/s, dense bfloat16 in TFLOP/s."""
+    large = torch.empty(1 << 30, dtype=torch.uint8, device=place)
+    small = torch.empty(16 << 20, dtype=torch.uint8, device=place)
+    other = torch.empty_like(large)
+    side = 8192
+    square = torch.randn(side, side, device=place).bfloat16()
+    words, small_words = large.view(torch.int32), small.view(torch.int32)
+    launches: dict[str, list[Launch]] = {
+        "copy": [partial(other.copy_, large)],
+        "read": [partial(torch.amax, words)],
+        "read from L2": [partial(torch.amax, small_words)] * 20,
+        "matmul": [partial(torch.matmul, square, square)] * 4,
+    }
+    times = interleaved({name: Graph(given) for name, given in launches.items()})
+    us = {name: timing.median_us for name, timing in times.items()}
+    return {
+        "copy, TB/s (read + written)": 2 * large.numel() / us["copy"] / 1e6,
+        "read, TB/s": large.numel() / us["read"] / 1e6,
+        "read of 16 MB in L2, TB/s": small.numel() / us["read from L2"] / 1e6,
+        "dense bfloat16 8192^3, TFLOP/s": 2 * side**3 / us["matmul"] / 1e6,
+    }
+
+
+def compare_blocks(run: Run) -> None:
+    """Prefill with every block; carried index, index in the loop, and bulk copies, in turns."""
+    for problem in block_problems():
+        if not run.has_time(f"blocks: {problem}"):
+            continue
+        trial = Trial.of(problem, run.place)
+        tile = tiles.choose_tile("matmul", run.device, problem)
+        launches: dict[str, list[Launch]] = {
+            "dense": trial.dense_launches("matmul"),
+            "carried index": trial.launches("matmul", tile),
+            "index in the loop": [
+                partial(in_loop_kernel.linear, trial.x, values, trial.index, config=tile)
+                for values in trial.values
+            ],
+        }
+        if run.runs("tma"):
+            launches["tma"] = trial.launches("tma", None)
+        run.add("blocks", problem, launches)
+
+
+def compare_decode(run: Run) -> None:
+    """One token: with and without tensor cores, and with rows that are not split."""
+    for density in (0.5, 0.25):
+        problem = Problem(1, 14336, 4096, density, (128, 32), torch.bfloat16)
+        if not run.has_time(f"one token: {problem}"):
+            continue
+        trial = Trial.of(problem, run.place)
+        tile = tiles.choose_tile("decode", run.device, problem)
+        launches: dict[str, list[Launch]] = {
+            "dense": trial.dense_launches("decode"),
+            "8 token columns": trial.launches("decode", tile),
+            "no tensor cores": trial.launches("decode", replace(tile, block_m=1)),
+            "rows not split": trial.launches("decode", replace(tile, split=10**6)),
+        }
+        run.add("one token", problem, launches)
+
+
+def time_case(run: Run, case: Case) -> None:
+    """A case's kernels and competitors in turns."""
+    trial = Trial.of(case.problem, run.place)
+    launches: dict[str, list[Launch]] = {"dense": trial.dense_launches(case.kinds[0])}
+    for kind in filter(run.runs, case.kinds):
+        launches[kind] = trial.launches(kind, None)
+    if case.section in ("decode", "prefill"):
+        launches["shrunk"] = gpu_competitors.shrunk_launches(trial)
+        launches["densify + dense"] = gpu_competitors.densify_launches(trial)
+        try:
+            launches["torch.sparse"] = [*gpu_competitors.torch_bsr_tuned(trial)]
+        except ValueError as error:
+            run.report.left_out.append(f"torch.sparse on {case.problem}: {error}")
+    run.add(case.section, case.problem, launches)

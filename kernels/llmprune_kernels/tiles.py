@@ -1,0 +1,265 @@
+"""Tile: how a kernel is cut for a GPU; and the tables that say which tile for which problem.
+
+A table is a JSON file `{"device", "measured", "note", "tiles": [entry, ...]}`. An entry holds
+"kind", "dtype" ("half" or "float"), "tile", and any of "arch" (a list), "block" ([rows, columns],
+null = any) and the numbers "tokens", "out_features", "in_features", "density". Of the entries that
+fit, the one nearest in those numbers (sum of |log2| of the ratios) is taken. The user's table of
+the device is asked first, then the shipped one of the device, then the shipped default, which
+nobody measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from llmprune_kernels.bsr import BlockIndex
+
+Kind = Literal["matmul", "tma", "decode", "swiglu", "grad_input", "grad_values"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SHIPPED = Path(__file__).with_name("tables")
+TABLES_VARIABLE = "LLMPRUNE_KERNELS_TABLES"
+# bytes of shared memory a program may ask for, CUDA programming guide, "compute capabilities"
+SHARED_BYTES = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_103": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+}
+SMALLEST_SHARED_BYTES = 64 << 10
+# beyond this many tokens a weight tile is no longer the larger operand of the decode kernel
+MAX_DECODE_TOKENS = 64
+NUMBERS = ("tokens", "out_features", "in_features", "density")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is cut.
+
+    Attributes:
+        block_m: Tokens of one program (in grad_values: tokens of one step).
+        num_warps: Warps of one program.
+        num_stages: Depth of the software pipeline.
+        step: Inner size of one dot; narrower blocks are merged up to it.
+        group: Token tiles that visit all block rows before the next group begins.
+        split: Blocks of one program in decode, 0 = chosen from the problem.
+    """
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+    step: int = 64
+    group: int = 8
+    split: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "num_warps", "step"):
+            size = getattr(self, name)
+            if size < 1 or size & (size - 1):
+                raise ValueError(f"tile: {name} must be a power of two, got {size}")
+        if self.num_stages < 1 or self.group < 1 or self.split < 0 or self.step < 16:
+            raise ValueError(
+                f"tile: num_stages and group must be at least 1, split 0, step 16, got {self}"
+            )
+
+    def options(self) -> dict[str, int]:
+        """What Triton's launcher takes beside the kernel's own arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product: sizes in elements, `density` the stored share in [0, 1]."""
+
+    tokens: int
+    out_features: int
+    in_features: int
+    density: float
+    block: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def stored(self) -> float:
+        """Numbers in the stored blocks."""
+        return self.density * self.out_features * self.in_features
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the stored blocks, without the index."""
+        return round(self.stored) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as tables know it: its name, architecture ("sm_90") and number of processors."""
+
+    name: str
+    arch: str
+    num_processors: int
+
+    @property
+    def slug(self) -> str:
+        """Its name as a file's."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """The GPU behind a torch device; a stand-in for the CPU, where kernels are interpreted."""
+    if device.type != "cuda":
+        return Device("interpreter", "sm_90", 132)
+    found = torch.cuda.get_device_properties(device)
+    gfx = getattr(found, "gcnArchName", "").partition(":")[0]
+    arch = gfx or f"sm_{found.major}{found.minor}"
+    return Device(found.name, arch, found.multi_processor_count)
+
+
+def choose_for(kind: Kind, values: Tensor, index: BlockIndex, num_tokens: int) -> Tile:
+    """The tile for a launch; tokens and density are rounded so that few answers are looked up."""
+    block = (values.shape[1], values.shape[2])
+    problem = Problem(
+        tokens=1 << max(0, num_tokens - 1).bit_length(),
+        out_features=index.block_rows * block[0],
+        in_features=index.block_columns * block[1],
+        density=round(index.density, 2),
+        block=block,
+        dtype=values.dtype,
+    )
+    return choose_tile(kind, device_of(values.device), problem)
+
+
+@cache
+def choose_tile(kind: Kind, device: Device, problem: Problem) -> Tile:
+    """The nearest entry's tile of the first table that has one, made to fit the GPU."""
+    for table in tables(device):
+        tile = nearest_tile(table, kind, problem, device.arch)
+        if tile is not None:
+            return fit(kind, tile, problem, device)
+    raise ValueError(f"no table has a {kind} tile for {problem}; the default table must")
+
+
+def tables(device: Device) -> list[dict[str, Any]]:
+    """The tables to ask, in order; a file that is not there is passed over."""
+    paths = (user_table(device), SHIPPED / f"tiles-{device.slug}.json", SHIPPED / "default.json")
+    return [read_table(path) for path in paths if path.exists()]
+
+
+def user_table(device: Device) -> Path:
+    """Where `tune` writes for a device: a cache folder, or the one that the variable names."""
+    named = os.environ.get(TABLES_VARIABLE)
+    folder = Path(named) if named else Path.home() / ".cache" / "llmprune_kernels"
+    return folder / f"tiles-{device.slug}.json"
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A table's content.
+
+    Raises:
+        ValueError: It is no table: the message names the file and the entry.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        entries = table["tiles"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: must be a JSON object with 'tiles', got {error!r}") from error
+    for number, entry in enumerate(entries):
+        try:
+            known = entry["kind"] in KINDS and entry["dtype"] in ("half", "float")
+            Tile(**entry["tile"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: tiles[{number}]: {error}") from error
+        if not known:
+            raise ValueError(f"{path}: tiles[{number}]: unknown kind or dtype in {entry}")
+    return table
+
+
+def nearest_tile(table: dict[str, Any], kind: Kind, problem: Problem, arch: str) -> Tile | None:
+    """The tile of the nearest entry of this kind, dtype, block and arch; None if there is none."""
+    width = "float" if problem.dtype == torch.float32 else "half"
+    fitting = [
+        entry
+        for entry in table["tiles"]
+        if (entry["kind"], entry["dtype"]) == (kind, width)
+        and arch in entry.get("arch", [arch])
+        and _has_block(entry, problem.block)
+    ]
+    if not fitting:
+        return None
+    return Tile(**min(fitting, key=lambda entry: _distance(entry, problem))["tile"])
+
+
+def fit(kind: Kind, tile: Tile, problem: Problem, device: Device) -> Tile:
+    """The tile with fewer stages, then fewer tokens, until its buffers fit in shared memory.
+
+    For decode also: as many token columns as there are tokens, and a split.
+    """
+    if kind == "decode":
+        if tile.block_m < problem.tokens:
+            tile = replace(tile, block_m=max(8, problem.tokens))
+        if not tile.split:
+            tile = replace(tile, split=_split(problem, device))
+    limit = SHARED_BYTES.get(device.arch, SMALLEST_SHARED_BYTES)
+    while shared_bytes(kind, tile, problem.block, problem.dtype) > limit:
+        if tile.num_stages > 2:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.block_m > 16 and kind != "decode":
+            tile = replace(tile, block_m=tile.block_m // 2)
+        elif tile.step > 16:
+            tile = replace(tile, step=tile.step // 2)
+        else:
+            break
+    return tile
+
+
+def shared_bytes(kind: Kind, tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> int:
+    """Shared memory of the pipeline's buffers: both operands of a step, `num_stages` deep."""
+    rows, columns = block
+    if kind == "grad_input":
+        sides, step = tile.block_m + columns, tile.step
+    elif kind == "grad_values":
+        # a step is block_m tokens; the tile is merged columns by the block's rows
+        sides, step = rows + max(tile.step, columns), tile.block_m
+    else:
+        # swiglu with one pattern for both has two weight tiles in flight
+        sides, step = tile.block_m + rows * (2 if kind == "swiglu" else 1), tile.step
+    return tile.num_stages * sides * step * dtype.itemsize
+
+
+def _has_block(entry: dict[str, Any], block: tuple[int, int]) -> bool:
+    wanted = entry.get("block", (None, None))
+    return all(side is None or side == got for side, got in zip(wanted, block, strict=True))
+
+
+def _distance(entry: dict[str, Any], problem: Problem) -> float:
+    named = [name for name in NUMBERS if name in entry]
+    got = [max(getattr(problem, name), 1e-3) for name in named]
+    return sum(
+        abs(math.log2(number / max(entry[name], 1e-3)))
+        for name, number in zip(named, got, strict=True)
+    )
+
+
+def _split(problem: Problem, device: Device) -> int:
+    """Blocks of an item: four programs for every processor, but not under 256 inner elements.
+
+    An item writes 4 bytes for every token and feature and reads 2 for every inner element and
+    feature, so at 16 tokens a shorter item would spend over an eighth of its bytes on partials.
+    """
+    rows, columns = problem.block
+    in_row = problem.density * problem.in_features
+    items = max(1.0, 4 * device.num_processors / (problem.out_features / rows))
+    return max(1, round(max(in_row / items, 256) / columns))

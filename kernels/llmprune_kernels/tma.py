@@ -1,0 +1,142 @@
+"""y = x W^T + bias for many tokens on sm_90 and later: tiles fetched by the bulk copy engine.
+
+The same walk as in `matmul`, with tensor descriptors instead of pointers: one instruction fetches
+a whole tile, no thread computes addresses, and rows beyond the last token are filled with zeros.
+A box cannot be gathered from several block columns, so narrow blocks are not merged: a dot's inner
+size is the block's columns, at most `step`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from llmprune_kernels import operands, tiles
+from llmprune_kernels.bsr import BlockIndex
+from llmprune_kernels.tiles import Tile
+from llmprune_kernels.walk import lane_blocks, load_places, multiply, program_tile
+
+# what the copy engine asks of a tensor's base and row stride
+ALIGNMENT_BYTES = 16
+
+
+@triton.jit
+def tma_kernel(
+    x_tensor,
+    values_tensor,
+    row_ptr,
+    col_ptr,
+    bias_ptr,
+    y_ptr,
+    num_tokens,
+    block_rows,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One (BM, BN) tile of y; x boxes are (BM, STEP), weight boxes (BN, STEP)."""
+    num_tiles = tl.cdiv(num_tokens, BM)
+    token_tile, row = program_tile(tl.program_id(0), num_tiles, block_rows, GROUP)
+    first = tl.load(row_ptr + row)
+    count = tl.load(row_ptr + row + 1) - first
+    column = load_places(col_ptr + first, 0, STEP, BK)
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for step in range(0, count * (BK // STEP)):
+        within = step % (BK // STEP) * STEP
+        x = x_tensor.load([token_tile * BM, column * BK + within])
+        w = values_tensor.load([(first + lane_blocks(step, STEP, BK)) * BN, within])
+        column = load_places(col_ptr + first, step + 1, STEP, BK)
+        acc = multiply(x, tl.trans(w), acc, UPCAST, PRECISION)
+    tokens = token_tile * BM + tl.arange(0, BM)
+    features = row * BN + tl.arange(0, BN)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + features).to(tl.float32)[None, :]
+    y_rows = y_ptr + tl.cast(tokens, tl.int64)[:, None] * (block_rows * BN)
+    mask = (tokens < num_tokens)[:, None]
+    tl.store(y_rows + features[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    index: BlockIndex,
+    bias: Tensor | None = None,
+    *,
+    config: Tile | None = None,
+) -> Tensor:
+    """y = x W^T + bias, as `matmul.linear`, on a GPU that has the bulk copy engine.
+
+    Raises:
+        ValueError: As `matmul.linear`; or the GPU is older than sm_90, a base or row stride is not
+            a multiple of 16 bytes, or the blocks hold 2^31 rows or more.
+    """
+    block = operands.check_values(values, index)
+    x = operands.token_rows(x, index.block_columns * block[1], values)
+    out_features = index.block_rows * block[0]
+    operands.check_bias(bias, out_features, values)
+    y = x.new_empty(x.shape[0], out_features)
+    if y.numel() == 0:
+        return y
+    if index.num_blocks == 0:
+        # a descriptor of nothing is not allowed
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+    check_descriptors(x, values)
+    tile = config or tiles.choose_for("tma", values, index, x.shape[0])
+    step = min(tile.step, block[1])
+    x_tensor = TensorDescriptor.from_tensor(x, [tile.block_m, step])
+    values_tensor = TensorDescriptor.from_tensor(values.flatten(0, 1), [block[0], step])
+    grid = (triton.cdiv(x.shape[0], tile.block_m) * index.block_rows,)
+    with torch.cuda.device_of(x):
+        tma_kernel[grid](
+            x_tensor, values_tensor, index.row_ptr, index.col, x if bias is None else bias, y,
+            x.shape[0], index.block_rows, **constants(tile, block, x.dtype),
+            HAS_BIAS=bias is not None, **tile.options(),
+        )  # fmt: skip
+    return y
+
+
+def check_descriptors(x: Tensor, values: Tensor) -> None:
+    """Refuse operands that the copy engine can't address.
+
+    Raises:
+        ValueError: See `linear`.
+    """
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+        raise ValueError(
+            f"tma needs a GPU of sm_90 or later, got {torch.cuda.get_device_name(x.device)}: "
+            "use matmul"
+        )
+    for name, tensor in (("x", x), ("values", values)):
+        if tensor.data_ptr() % ALIGNMENT_BYTES:
+            raise ValueError(f"tma needs {name} to begin at a multiple of 16 bytes: use matmul")
+    if x.stride(0) * x.element_size() % ALIGNMENT_BYTES or x.stride(0) < 1:
+        raise ValueError(
+            "tma needs x's row stride to be a positive multiple of 16 bytes, got "
+            f"{x.stride(0)} elements of {x.element_size()} bytes: use matmul"
+        )
+    lines = values.shape[0] * values.shape[1]
+    if lines >= 1 << 31:
+        raise ValueError(f"tma counts block rows in 32 bits, got {lines}: use matmul")
+
+
+def constants(tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """The kernel's compile-time numbers of a tile, all but HAS_BIAS."""
+    return {
+        "BM": tile.block_m,
+        "BN": block[0],
+        "BK": block[1],
+        "STEP": min(tile.step, block[1]),
+        "GROUP": tile.group,
+        "UPCAST": operands.needs_upcast(dtype),
+        "PRECISION": operands.dot_precision(dtype),
+    }

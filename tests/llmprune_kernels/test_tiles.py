@@ -1,0 +1,189 @@
+"""Which tile is chosen, from which table, and how `tune` writes one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from llmprune_kernels import tiles, tune
+from llmprune_kernels.bsr import BLOCK_SIDES
+from llmprune_kernels.tiles import KINDS, SHARED_BYTES, Device, Problem, Tile
+
+H200 = Device("NVIDIA H200", "sm_90", 132)
+PROBLEM = Problem(512, 4096, 4096, 0.5, (128, 32), torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def tables(tmp_path, monkeypatch):
+    """An empty place for the user's tables, and no answers of earlier tests."""
+    monkeypatch.setenv(tiles.TABLES_VARIABLE, str(tmp_path))
+    tiles.choose_tile.cache_clear()
+    yield tmp_path
+    tiles.choose_tile.cache_clear()
+
+
+def write(path, *entries):
+    path.write_text(json.dumps({"device": "d", "measured": True, "tiles": entries}))
+
+
+def entry(tile, **changes):
+    return {"kind": "matmul", "dtype": "half", "tile": asdict(tile)} | changes
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_default_table_has_a_tile_that_fits_for_every_problem(arch):
+    device = Device("none", arch, 100)
+    sizes = itertools.product((1, 16, 64, 100, 4096), (0.01, 1.0), BLOCK_SIDES, BLOCK_SIDES)
+    for tokens, density, rows, columns in sizes:
+        for kind, dtype in itertools.product(KINDS, (torch.float16, torch.float32)):
+            if kind == "decode" and tokens > tiles.MAX_DECODE_TOKENS:
+                continue
+            problem = Problem(tokens, 4096, 4096, density, (rows, columns), dtype)
+            tile = tiles.choose_tile(kind, device, problem)
+            shared = tiles.shared_bytes(kind, tile, problem.block, dtype)
+            assert shared <= SHARED_BYTES[arch], (kind, problem, tile)
+            if kind not in ("tma", "grad_values"):
+                assert tile.step <= 4 * (rows if kind == "grad_input" else columns)
+            if kind == "decode":
+                assert tile.block_m >= tokens
+                assert tile.split >= 1
+
+
+def test_default_table_says_that_nobody_measured_it():
+    table = tiles.read_table(tiles.SHIPPED / "default.json")
+    assert table["measured"] is False
+    assert "nobody has measured" in table["note"]
+
+
+def test_users_table_is_asked_before_the_default(tables):
+    mine = Tile(32, 2, 2)
+    before = tiles.choose_tile("matmul", H200, PROBLEM)
+    write(tables / "tiles-nvidia-h200.json", entry(mine, block=[128, 32]))
+    tiles.choose_tile.cache_clear()
+    assert before != mine
+    assert tiles.choose_tile("matmul", H200, PROBLEM) == mine
+    # what it does not hold is still found in the default
+    assert tiles.choose_tile("matmul", H200, replace(PROBLEM, block=(64, 64))) != mine
+    assert tiles.choose_tile("matmul", replace(H200, name="other"), PROBLEM) == before
+
+
+def test_nearest_entry_counts_every_number_it_names(tables):
+    near, far = Tile(32, 2, 2), Tile(64, 2, 2)
+    write(
+        tables / "tiles-nvidia-h200.json",
+        entry(far, tokens=512, in_features=1024, density=0.5),
+        entry(near, tokens=256, in_features=4096, density=0.5),
+        entry(Tile(128, 4, 2), tokens=512, in_features=4096, density=0.5, arch=["sm_80"]),
+    )
+    assert tiles.choose_tile("matmul", H200, PROBLEM) == near
+
+
+def test_tile_is_made_to_fit_stages_first():
+    wanted = Tile(128, 8, 5)
+    small = replace(H200, arch="sm_86")
+    fitted = tiles.fit("matmul", wanted, PROBLEM, small)
+    assert (fitted.block_m, fitted.num_stages) == (128, 3)
+    assert tiles.fit("matmul", wanted, PROBLEM, H200) == wanted
+
+
+def test_decode_splits_more_when_there_are_few_rows():
+    few = tiles.choose_tile("decode", H200, Problem(1, 1024, 8192, 0.5, (128, 32), torch.float16))
+    many = tiles.choose_tile("decode", H200, Problem(1, 65536, 8192, 0.5, (128, 32), torch.float16))
+    assert few.split < many.split
+    # an item is never shorter than 256 inner elements
+    assert few.split * 32 >= 256
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "must be a JSON object with 'tiles'"),
+        ('{"tiles": [{"kind": "matmul", "dtype": "half"}]}', r"tiles\[0\]: 'tile'"),
+        (
+            '{"tiles": [{"kind": "matmul", "dtype": "half", "tile": {"block_m": 3, '
+            '"num_warps": 4, "num_stages": 2}}]}',
+            r"tiles\[0\]: tile: block_m must be a power of two, got 3",
+        ),
+        (
+            '{"tiles": [{"kind": "other", "dtype": "half", "tile": {"block_m": 16, '
+            '"num_warps": 4, "num_stages": 2}}]}',
+            "unknown kind or dtype",
+        ),
+    ],
+)
+def test_broken_table_is_refused_by_file_and_entry(tables, text, message):
+    path = tables / "tiles-nvidia-h200.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        tiles.choose_tile("matmul", H200, PROBLEM)
+    assert str(path) in str(caught.value)
+
+
+def test_tuned_entry_replaces_the_one_of_the_same_problem(tables):
+    path = tiles.user_table(H200)
+    for tile in (Tile(32, 2, 2), Tile(64, 4, 3)):
+        tune.write_table(path, H200, tune.entry_of(PROBLEM, "matmul", tile, 10.0, 20.0))
+    other = replace(PROBLEM, tokens=4096)
+    tune.write_table(path, H200, tune.entry_of(other, "matmul", Tile(128, 8, 3), 1.0, 2.0))
+    table = tiles.read_table(path)
+    assert [entry["tile"]["block_m"] for entry in table["tiles"]] == [64, 128]
+    assert table["measured"]
+    assert table["tiles"][0]["dense_us"] == 20.0
+    assert list(tables.iterdir()) == [path]
+    assert tiles.choose_tile("matmul", H200, PROBLEM) == Tile(64, 4, 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_refuses_without_a_gpu(capsys):
+    assert tune.main([]) == 2
+    assert "measures on a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--blocks", "48x32"], "block sides must be two of"),
+        (["--shapes", "100x64"], "must divide the weight"),
+        (["--densities", "0"], "densities in (0, 1]"),
+        (["--shapes", "64"], "ROWSxCOLUMNS"),
+    ],
+)
+def test_tune_refuses_problems_that_do_not_exist(arguments, message, capsys):
+    assert tune.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_candidates_fit_the_gpu_and_begin_with_the_tables_answer():
+    pytest.importorskip("triton")
+    from llmprune_kernels.trials import candidates
+
+    for kind in KINDS:
+        problem = replace(PROBLEM, tokens=16) if kind == "decode" else PROBLEM
+        found = candidates(kind, problem, H200)
+        assert found[0] == tiles.choose_tile(kind, H200, problem)
+        assert len(found) == len(set(found)) > 3
+        for tile in found:
+            shared = tiles.shared_bytes(kind, tile, problem.block, problem.dtype)
+            assert shared <= SHARED_BYTES["sm_90"]
+
+
+def test_package_and_tables_work_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import llmprune_kernels, llmprune_kernels.tiles, llmprune_kernels.tune\n"
+        "from llmprune_kernels.triton_runtime import has_triton, is_interpreting\n"
+        "assert not has_triton() and not is_interpreting()\n"
+        "sys.exit(llmprune_kernels.tune.main([]))\n"
+    )
+    environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "with Triton, and here is none" in done.stderr
