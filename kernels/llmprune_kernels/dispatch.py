@@ -13,11 +13,18 @@ from typing import Literal, get_args
 
 import torch
 
-from llmprune_kernels import cpu, native, tiles
+from llmprune_kernels import cpu, native
 from llmprune_kernels.triton_runtime import has_triton
 
 Backend = Literal["reference", "pytorch", "native", "triton", "densify"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+# Up to this many rows the bytes of the stored blocks decide; the decode kernel serves them.
+DECODE_ROWS = 16
+# Share of a GPU's bandwidth that decoding in blocks is expected to reach, against a dense product.
+DECODE_EFFICIENCY = 0.85
+# Density at which a prefill in blocks takes as long as the dense product, by rows of a block: the
+# roofline of a tile of 128 tokens (kernels on sm_90; a model, not a measurement).
+PREFILL_BREAK_EVEN = {16: 0.13, 32: 0.25, 64: 0.38, 128: 0.57}
 # Takes the place of every choice, for measurements and for reports of bugs.
 OVERRIDE = "LLMPRUNE_KERNELS_BACKEND"
 
@@ -71,7 +78,7 @@ def choose_backend(work: Work) -> Choice:
 
 
 def _on_cpu(work: Work) -> Choice:
-    compiled = native.is_available() and work.dtype in native.DTYPES
+    compiled = native.is_available() and native.supports(work.dtype)
     speedup = cpu.predicted_speedup(
         work.num_rows, work.density, work.dtype, work.block, native=compiled
     )
@@ -85,8 +92,14 @@ def _on_cpu(work: Work) -> Choice:
 def _on_gpu(work: Work) -> Choice:
     if not has_triton():
         return Choice("densify", "triton is not installed")
-    speedup = tiles.predicted_speedup(work)
-    said = f"predicted {speedup:.2f}x dense at density {work.density:.2f}, {work.num_rows} rows"
+    speedup = _modelled_speedup(work)
+    said = f"modelled {speedup:.2f}x dense at density {work.density:.2f}, {work.num_rows} rows"
     if speedup < 1.0:
         return Choice("densify", f"triton would be slower: {said}", speedup)
     return Choice("triton", said, speedup)
+
+
+def _modelled_speedup(work: Work) -> float:
+    if work.num_rows <= DECODE_ROWS:
+        return DECODE_EFFICIENCY / work.density
+    return PREFILL_BREAK_EVEN[work.block[0]] / work.density

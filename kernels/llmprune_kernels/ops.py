@@ -16,10 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from llmprune_kernels import cpu, native, reference
 from llmprune_kernels.bsr import BlockIndex, scatter_blocks
-from llmprune_kernels.dispatch import Backend, Work, choose_backend
-
-# A decode kernel serves up to this many rows.
-DECODE_ROWS = 16
+from llmprune_kernels.dispatch import DECODE_ROWS, Backend, Work, choose_backend
 
 
 def block_sparse_linear(
@@ -137,7 +134,8 @@ def _forward(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) 
     if backend == "reference":
         return reference.linear(x, values, index, bias)
     if backend == "pytorch":
-        way = cpu.choose_way(x.shape[0], index.density, x.dtype, values.shape[1:])
+        block = (values.shape[1], values.shape[2])
+        way = cpu.choose_way(x.shape[0], index.density, x.dtype, block)
         return cpu.linear(x, values, index, bias, way=way)
     if backend == "native":
         return native.linear(x, values, index, bias)
@@ -199,7 +197,8 @@ def _grad_input(
     index = BlockIndex(row_ptr, col, row, t_ptr, t_row, t_idx, max_per_row, max_per_column)
     flat = dy.reshape(-1, dy.shape[-1])
     if dy.device.type == "cpu":
-        dx = cpu.grad_input(flat, values, index)
+        compiled = native.is_available() and native.supports(dy.dtype)
+        dx = (native if compiled else cpu).grad_input(flat, values, index)
     elif _trains_on_triton(flat, values, index):
         from llmprune_kernels.gradients import grad_input
 
