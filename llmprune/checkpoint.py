@@ -67,15 +67,21 @@ def load_pruned(
         dtype: Of the weights; `auto` takes the saved one.
 
     Raises:
-        InputError: There is no model there, or its weights are damaged.
+        InputError: There is no model there, it can't be fetched, or its weights are damaged.
     """
     from transformers import AutoModelForCausalLM
 
+    from llmprune.recipe import ModelSource
+    from llmprune.sources import fetch
+
     register_classes()
-    name = str(model_folder(source))
+    folder, name = model_folder(source), None
+    if not Path(source).expanduser().exists():
+        found = fetch(ModelSource(source=str(source), revision=revision))
+        folder, name = found.folder, found.name
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
     except SafetensorError as error:
         raise InputError(
@@ -83,6 +89,9 @@ def load_pruned(
         ) from error
     except OSError as error:
         raise InputError(f"{source}: holds no model ({' '.join(str(error).split())})") from error
+    if name is not None:
+        # the cache's folder is of no interest to whoever saves it again
+        model.name_or_path = model.config.name_or_path = name
     return model.eval()
 
 
