@@ -247,6 +247,7 @@ def push(
     ] = "Upload a pruned model",
 ) -> None:
     """Publish a verified model with its recipe, plan, figures and a model card, in one commit."""
+    from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
 
     from llmprune.display import upload_table
@@ -258,6 +259,8 @@ def push(
 
     # it speaks of every attempt; what the user needs to know is in our own messages
     hub_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     target = Target(repo, revision, private, create_pr, message)
     publication = read_publication(folder, known_token())
     report = EvalReport.from_json((folder / "report.json").read_text(encoding="utf-8"))
@@ -342,7 +345,7 @@ def _recipe_of(folder: Path) -> Recipe:
 
 def main() -> None:
     """Run the command line; what a user caused is one line on stderr and exit code 2."""
-    if not (sys.argv[1:2] == ["push"] and sys.stderr.isatty()):
+    if sys.argv[1:2] != ["push"]:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

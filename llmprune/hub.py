@@ -33,6 +33,7 @@ MAIN = "main"
 # user is asked to come back later.
 TRIES = 4
 LONGEST_WAIT_S = 120.0
+AGAIN = "give the command again, what is there is not sent twice"
 
 Answer = TypeVar("Answer")
 WriteCard = Callable[["ModelCardData | None"], str]
@@ -285,30 +286,42 @@ def _asked_wait_s(error: HfHubHTTPError) -> float | None:
 @contextmanager
 def _explained(target: Target, token: str) -> Iterator[None]:
     """Turn every failure of a push into one line that says what to do, and no secret."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError
 
-    again = "give the command again, what is there is not sent twice"
     try:
         yield
+        return
     except InputError:
         raise
-    except HfHubHTTPError as error:
-        why = _refusal(error, target, again)
-    except OfflineModeIsEnabled:
-        why = "a push needs the network, HF_HUB_OFFLINE is set; unset it"
-    except HTTPError as error:
-        why = f"the connection to the Hub broke ({one_line(error)}); {again}"
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        room = "make room, then " if full else ""
-        why = f"the push failed ({error.strerror or one_line(error)}); {room}{again}"
-    except (RuntimeError, ValueError) as error:
-        why = f"the push failed ({one_line(error)}); {again}"
+    except RuntimeError as error:
+        # an upload's thread hands its error on inside another
+        why = _failure(error.__cause__ or error, target)
+    except (HTTPError, OSError, KeyError, ValueError) as error:
+        # an answer that the client can't read is one of the last two
+        why = _failure(error, target)
     # the cause is left out: a server may have put the token, or a signed address, into its answer
     raise InputError(f"{target.repo}: {hide_secrets(why, token)}") from None
 
 
-def _refusal(error: HfHubHTTPError, target: Target, again: str) -> str:
+def _failure(error: BaseException, target: Target) -> str:
+    """What went wrong with a push, and what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        return _refusal(error, target)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "a push needs the network, HF_HUB_OFFLINE is set; unset it"
+    if isinstance(error, HTTPError):
+        return f"the connection to the Hub broke ({one_line(error)}); {AGAIN}"
+    why = one_line(error)
+    if isinstance(error, OSError):
+        why = error.strerror or why
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            return f"this machine's disk is full ({why}); make room, then {AGAIN}"
+    return f"the push failed ({why}); {AGAIN}"
+
+
+def _refusal(error: HfHubHTTPError, target: Target) -> str:
     """What a status code of the Hub means for a push."""
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -317,7 +330,7 @@ def _refusal(error: HfHubHTTPError, target: Target, again: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"the Hub has no branch {target.branch} there; name another --revision"
     if error.response.request.method == "PUT":
-        return f"the Hub's store did not take a file (status {status}); {again}"
+        return f"the Hub's store did not take a file (status {status}); {AGAIN}"
     known = {
         401: "the Hub doesn't accept the access token (401); `hf auth login` anew, or set HF_TOKEN "
         "to a token with the right to write",
@@ -325,15 +338,15 @@ def _refusal(error: HfHubHTTPError, target: Target, again: str) -> str:
         "write, another owner, or --create-pr",
         404: "the Hub has no such repository, or none that this access token may see (404); check "
         "the spelling",
-        409: f"somebody else is changing the repository (409: {said}); {again}",
-        412: f"{target.branch} has moved since the push began (412); {again}",
+        409: f"somebody else is changing the repository (409: {said}); {AGAIN}",
+        412: f"{target.branch} has moved since the push began (412); {AGAIN}",
         413: f"a file is larger than the Hub takes (413: {said})",
         429: f"too many requests for now (429); wait {_asked_wait_s(error) or 60:.0f} s, then "
-        f"{again}",
-        507: f"the Hub has no room for it (507: {said}); make room there, then {again}",
+        f"{AGAIN}",
+        507: f"the Hub has no room for it (507: {said}); make room there, then {AGAIN}",
     }
     if status in known:
         return known[status]
     if status >= 500:
-        return f"the Hub doesn't serve now (status {status}); {again}"
+        return f"the Hub doesn't serve now (status {status}); {AGAIN}"
     return f"the Hub refuses with status {status} ({said})"

@@ -118,7 +118,8 @@ def read_publication(folder: Path, token: str | None = None) -> Publication:
     ]
     for upload in uploads:
         refuse_secrets(_readable(upload), upload.path, token)
-    here = {Path(upload.path).name for upload in uploads} | {MODEL_FOLDER, RECIPE_FILE}
+    # the folder's README.md is written anew for the repository
+    here = {Path(upload.path).name for upload in uploads} | {MODEL_FOLDER, "README.md"}
     others = [file.name for file in sorted(folder.iterdir()) if file.name not in here]
     stray = [file for file in sorted(run.model.iterdir()) if not is_model_file(file.name)]
     return Publication(
@@ -225,9 +226,11 @@ def _is_local(source: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def _recipe_upload(public: Recipe, recipe: Recipe) -> Upload:
-    note = "" if public == recipe else "paths of this machine and revision replaced"
-    heading = ""
+    note, heading = "", ""
+    if public.model.revision != recipe.model.revision:
+        note = "names the commit of the dense model"
     if names := local_parts(public):
+        note = "paths of this machine replaced"
         heading = f"# local:NAME was on the machine of the run; give your own: {', '.join(names)}\n"
     text = heading + without_paths(public.to_yaml())
     return Upload(f"{RUN_FOLDER}/{RECIPE_FILE}", text.encode(), note)

@@ -106,9 +106,10 @@ class Seen:
 class HubError(Exception):
     """An answer that is not 200."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
+    def __init__(self, status: int, message: str, code: str = "", **more: str) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.code = status, code
+        self.message, self.more = message, more
 
 
 def git_oid(content: bytes) -> str:
