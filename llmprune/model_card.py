@@ -172,11 +172,14 @@ model = load_pruned("{repo}")
 ```
 
 vLLM and llama.cpp build all layers alike and can't load it."""
+    biases = ""
+    if publication.recipe.compensation == "mean":
+        biases = " Its projections have biases that the dense model's lack; a converter may not know them."
     return f"""{text}
 This is a plain `{verification.model_class}` with smaller sizes in its config; no other code is
 needed. Whatever takes that class by its config should take it, such as vLLM
 (`vllm serve {repo}`), or llama.cpp once its `convert_hf_to_gguf.py` has written a GGUF file. Only
-transformers has been run with this model."""
+transformers has been run with this model.{biases}"""
 
 
 def _protocol(recipe: Recipe, verification: Verification) -> list[str]:

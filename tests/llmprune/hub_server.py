@@ -138,7 +138,9 @@ class Answer(BaseHTTPRequestHandler):
         with self.server.lock:
             fault = self.server.fault_for(self.command, path)
         try:
-            if fault and fault.status is None and fault.at_byte is not None:
+            if fault and fault.hold:
+                fault.hold.wait(60)
+            elif fault and fault.status is None and fault.at_byte is not None:
                 self._hang_up_after(fault.at_byte, path)
                 return
             self.body = self._read_body()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -71,7 +72,8 @@ class Fault:
 
     `route` is a regular expression for "METHOD /path". `status` is answered, or the connection is
     closed: with `at_byte`, after so many bytes of the request's body (or of the answer's, for GET).
-    `after` lets the request take effect before it goes wrong.
+    `after` lets the request take effect before it goes wrong. With `hold`, nothing goes wrong but
+    the answer waits for that event.
     """
 
     route: str
@@ -82,6 +84,7 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
     message: str = "injected"
     after: bool = False
+    hold: threading.Event | None = None
     seen: int = 0
 
     def strikes(self, request: str) -> bool:
