@@ -174,7 +174,7 @@ model = load_pruned("{repo}")
 vLLM and llama.cpp build all layers alike and can't load it."""
     biases = ""
     if publication.recipe.compensation == "mean":
-        biases = " Its projections have biases that the dense model's lack; a converter may not know them."
+        biases = " It has biases that the dense model lacks; a converter may not know them."
     return f"""{text}
 This is a plain `{verification.model_class}` with smaller sizes in its config; no other code is
 needed. Whatever takes that class by its config should take it, such as vLLM
