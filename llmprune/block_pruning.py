@@ -199,7 +199,12 @@ def _zero_and_recover(
     if watch.accelerator.is_main_process:
         reference = "gated" if is_final else "final"
         record_reference(
-            logits, tokens, folder.path, reference=reference, cut_from_gated=difference
+            logits,
+            tokens,
+            folder.path,
+            reference=reference,
+            dense_model=dense.origin,
+            cut_from_gated=difference,
         )
         save_pruned(pruned, dense.tokenizer, folder.model, plan)
     watch.accelerator.wait_for_everyone()

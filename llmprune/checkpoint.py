@@ -79,16 +79,22 @@ def load_pruned(
             weight blocks were pruned; without it they are dense, with zeros.
 
     Raises:
-        InputError: There is no model there, its weights are damaged, or `block_sparse` is asked of
-            one that no weight blocks were pruned from.
+        InputError: There is no model there, it can't be fetched, its weights are damaged, or
+            `block_sparse` is asked of one that no weight blocks were pruned from.
     """
     from transformers import AutoModelForCausalLM
 
+    from llmprune.recipe import ModelSource
+    from llmprune.sources import fetch
+
     register_classes()
-    name = str(model_folder(source))
+    folder, name = model_folder(source), None
+    if not Path(source).expanduser().exists():
+        found = fetch(ModelSource(source=str(source), revision=revision))
+        folder, name = found.folder, found.name
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
     except SafetensorError as error:
         raise InputError(
@@ -97,7 +103,10 @@ def load_pruned(
     except OSError as error:
         raise InputError(f"{source}: holds no model ({' '.join(str(error).split())})") from error
     if block_sparse:
-        _swap_in_blocks(model, name, revision)
+        _swap_in_blocks(model, str(folder if name is None else name), revision)
+    if name is not None:
+        # the cache's folder is of no interest to whoever saves it again
+        model.name_or_path = model.config.name_or_path = name
     return model.eval()
 
 
@@ -113,17 +122,17 @@ def has_blocks(folder: Path) -> bool:
     return (Path(model_folder(folder)) / INDEX_FILE).is_file()
 
 
-def _swap_in_blocks(model: PreTrainedModel, name: str, revision: str | None) -> None:
+def _swap_in_blocks(model: PreTrainedModel, source: str, revision: str | None) -> None:
     from transformers.utils import cached_file
 
     from llmprune.block_sparse import INDEX_FILE, make_block_sparse, read_block_index
 
     try:
-        file = cached_file(name, str(INDEX_FILE), revision=revision)
+        file = cached_file(source, INDEX_FILE.as_posix(), revision=revision)
     except OSError as error:
         raise InputError(
-            f"{name}: block_sparse needs a model that weight blocks were pruned from, there is no "
-            f"{INDEX_FILE}; load it without"
+            f"{source}: block_sparse needs a model that weight blocks were pruned from, there is "
+            f"no {INDEX_FILE}; load it without"
         ) from error
     make_block_sparse(model, *read_block_index(Path(file)))
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from llmprune.errors import InputError
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
     from transformers import PreTrainedModel
 
     from llmprune.recipe import Recipe
@@ -241,6 +242,54 @@ def compare(
     console.print(f"wrote {out / 'comparison.md'}", soft_wrap=True)
 
 
+@app.command()
+def push(
+    folder: FolderArgument,
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub; made where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a private one.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; default main.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List files and sizes; talk to nobody.")
+    ] = False,
+    message: Annotated[
+        str, typer.Option(help="First line of the commit.")
+    ] = "Upload a pruned model",
+) -> None:
+    """Publish a verified model with its recipe, plan, figures and a model card, in one commit."""
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+
+    from llmprune.display import upload_table
+    from llmprune.hub import Target, card_upload, known_token
+    from llmprune.hub import push as run
+    from llmprune.model_card import model_card
+    from llmprune.publication import read_publication
+    from llmprune_eval.report import EvalReport, to_markdown
+
+    # it speaks of every attempt; what the user needs to know is in our own messages
+    hub_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    target = Target(repo, revision, private, create_pr, message)
+    publication = read_publication(folder, known_token())
+    report = EvalReport.from_json((folder / "report.json").read_text(encoding="utf-8"))
+
+    def write_card(dense_card: ModelCardData | None) -> str:
+        table = to_markdown(report)
+        return model_card(publication, repo, report=report, table=table, dense_card=dense_card)
+
+    uploads = (*publication.uploads, card_upload(write_card(None)))
+    console.print(upload_table(uploads, publication.left_out, repo))
+    if dry_run:
+        return
+    pushed = run(publication, target, write_card)
+    verb = "published" if pushed.changed else "the Hub held exactly this already"
+    console.print(f"{verb}: {pushed.url}", soft_wrap=True, highlight=False)
+
+
 def _command_line() -> str:
     """The command as it was given; of a path outside the working folder only its name."""
     words = ["llmprune"]
@@ -308,7 +357,8 @@ def _recipe_of(folder: Path) -> Recipe:
 
 def main() -> None:
     """Run the command line; what a user caused is one line on stderr and exit code 2."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if sys.argv[1:2] != ["push"]:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
@@ -317,7 +367,9 @@ def main() -> None:
         print(f"llmprune: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("llmprune: stopped; take the run up with --resume", file=sys.stderr)
+        is_push = sys.argv[1:2] == ["push"]
+        then = "give the command again" if is_push else "take the run up with --resume"
+        print(f"llmprune: stopped; {then}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmprune.cost import Cost
     from llmprune.estimate import Estimate
     from llmprune.latency import Promise
+    from llmprune.publication import Upload
     from llmprune.replanning import Replanned
     from llmprune.run_steps import OnProgress
     from llmprune.units import UnitMap
@@ -223,6 +224,20 @@ def _add_costs(table: Table, dense: Cost, pruned: Cost, promise: Promise | None)
 def _span(counts: list[int]) -> str:
     low, high = min(counts, default=0), max(counts, default=0)
     return f"{low:,}" if low == high else f"{low:,}..{high:,}"
+
+
+def upload_table(uploads: Sequence[Upload], left_out: Sequence[str], repo: str) -> Table:
+    """What goes where, how large; what stays."""
+    caption = f"stays here: {', '.join(left_out)}" if left_out else None
+    table = Table(title=f"to {repo}", caption=caption, caption_justify="left")
+    table.add_column("file", overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for upload in uploads:
+        table.add_row(upload.path, f"{upload.size:,}", upload.note)
+    table.add_section()
+    table.add_row(f"{len(uploads)} files", f"{sum(upload.size for upload in uploads):,}", "")
+    return table
 
 
 def to_json(data: Any) -> str:

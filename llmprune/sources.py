@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import struct
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmprune.architectures import PER_LAYER_PREFIX
 from llmprune.downloads import (
     Need,
     UnreachableError,
@@ -168,9 +170,21 @@ def _read_config(source: ResolvedSource, model: ModelSource) -> PretrainedConfig
     from transformers import AutoConfig
 
     with _reading(model.source, "config"):
+        _know_our_own(source)
         config = AutoConfig.from_pretrained(str(source.folder), **_load_options(source, model))
     config.name_or_path = source.name
     return config
+
+
+def _know_our_own(source: ResolvedSource) -> None:
+    """Make transformers know a model whose layers differ, so that none of its code is run."""
+    if source.gguf_file is not None:
+        return
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    if str(config.get("model_type", "")).startswith(PER_LAYER_PREFIX):
+        from llmprune.checkpoint import register_classes
+
+        register_classes()
 
 
 def _refuse_quantized(config: PretrainedConfig, source: str) -> None:

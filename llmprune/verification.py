@@ -13,6 +13,7 @@ one, and that figure decides. Where only float32 was possible, the bound grows w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
 
 REFERENCE_FILE = "verification.safetensors"
 RESULT_FILE = "verification.json"
+# The files of a model's folder that decide what it computes.
+DECIDING = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "*.py",
+    "llmprune/block_index.safetensors",
+)
 TOLERANCE = 1e-4
 # Float32 sums of logits near 33 differ by 8e-5: a few parts in a million of the largest.
 FLOAT32_TOLERANCE = 1e-5
@@ -50,12 +59,17 @@ class Verification(BaseModel):
 
     `reference` says whose logits the fresh process is held to: `gated` or `final`. The keys of the
     differences are the arithmetic (the weights are always those saved). `block_sparse` is how far
-    the same weights are off in block-sparse layers, where weight blocks were pruned.
+    the same weights are off in block-sparse layers, where weight blocks were pruned. `dense_model`
+    is where the model before pruning came from, with its commit or hash where it has one. `sha256`
+    has what was verified: hex digests of the weights, the config, the modeling file and the block
+    index, by name in the model's folder.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     reference: str
+    dense_model: str = ""
+    sha256: dict[str, str] = {}
     cut_from_gated: dict[str, float]
     model_class: str
     remote_code: bool
@@ -114,6 +128,7 @@ def record_reference(
     folder: Path,
     *,
     reference: str,
+    dense_model: str,
     cut_from_gated: dict[str, float],
 ) -> None:
     """Write what the model in `folder` will be held to.
@@ -123,9 +138,14 @@ def record_reference(
         tokens: Shape (batch, length), int64.
         folder: The run folder.
         reference: `gated` or `final`.
+        dense_model: Where the dense model came from.
         cut_from_gated: Differences at the cut.
     """
-    note = {"reference": reference, "cut_from_gated": json.dumps(cut_from_gated)}
+    note = {
+        "reference": reference,
+        "dense_model": dense_model,
+        "cut_from_gated": json.dumps(cut_from_gated),
+    }
     save_tensors({"tokens": tokens.clone(), **logits}, folder / REFERENCE_FILE, note)
 
 
@@ -138,6 +158,8 @@ def verify(folder: Path) -> Verification:
     """
     reference = folder / REFERENCE_FILE
     note = _read_note(reference)
+    # before the model is loaded: what is changed while it loads must not pass for verified
+    sha256 = model_sha256(Path(model_folder(folder)))
     command = [
         sys.executable,
         "-P",
@@ -158,6 +180,8 @@ def verify(folder: Path) -> Verification:
     found = json.loads(child.stdout.strip().splitlines()[-1])
     result = Verification(
         reference=note["reference"],
+        dense_model=note.get("dense_model", ""),
+        sha256=sha256,
         cut_from_gated=json.loads(note["cut_from_gated"]),
         block_sparse=_block_sparse_difference(folder),
         **found,
@@ -178,6 +202,36 @@ def verify(folder: Path) -> Verification:
             f"{result.tolerance:g}, got {json.dumps(figures)}; do not use this folder, prune again"
         )
     return result
+
+
+def read_verification(folder: Path) -> Verification:
+    """What the last verification of a run folder found.
+
+    Raises:
+        InputError: There was none, or the file is damaged.
+    """
+    file = folder / RESULT_FILE
+    try:
+        return Verification.model_validate_json(file.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder}: must be verified, got no {RESULT_FILE}; run `llmprune verify {folder}`"
+        ) from error
+    except (OSError, ValidationError) as error:
+        raise InputError(
+            f"{file}: is damaged or of another version; run `llmprune verify {folder}`"
+        ) from error
+
+
+def model_sha256(folder: Path) -> dict[str, str]:
+    """Hex digests of the files in a model's folder that decide what it computes, by name."""
+    files = [file for pattern in DECIDING for file in folder.glob(pattern)]
+    names = sorted(file.relative_to(folder).as_posix() for file in files)
+    found = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _block_sparse_difference(folder: Path) -> dict[str, float] | None:

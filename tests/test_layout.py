@@ -67,7 +67,7 @@ def test_the_public_names_are_these():
 
 def test_importing_llmprune_does_not_import_torch():
     code = "import sys, llmprune, llmprune.cli; sys.exit('torch' in sys.modules)"
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}"}
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'eval'}"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 

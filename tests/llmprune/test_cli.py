@@ -54,7 +54,7 @@ def call(monkeypatch, *arguments):
 
 
 def environment():
-    path = os.pathsep.join([str(ROOT), str(ROOT / "eval")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
