@@ -49,7 +49,7 @@ def evaluate(
     """
     texts = tuple(
         measure_text(task, dense, pruned, tokenizer, recipe=recipe, on_progress=on_progress)
-        for task in _different(recipe.evaluation.perplexity)
+        for task in different_texts(recipe.evaluation.perplexity)
     )
     task = recipe.evaluation.speed
     speed = None if task is None else compare_speed(task, dense, pruned, on_progress)
@@ -167,7 +167,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def _different(tasks: tuple[PerplexityTask, ...]) -> tuple[PerplexityTask, ...]:
+def different_texts(tasks: tuple[PerplexityTask, ...]) -> tuple[PerplexityTask, ...]:
     """The tasks with their texts resolved; of two that fell back to the same text, the first."""
     found: dict[tuple[str, int], PerplexityTask] = {}
     for task in tasks:
