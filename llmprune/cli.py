@@ -167,16 +167,13 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder of results; default MODEL/eval.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure perplexity and lm-eval tasks, the dense and the pruned model on the same documents."""
+    """Measure perplexity and lm-eval tasks, dense and pruned on the same documents."""
     from llmprune.recipe import PerplexityTask
 
     if data is not None and not data.is_dir():
         raise InputError(f"--data must be a folder, got {data}, which is none")
-    for option, value, least in (
-        ("window", window, 2),
-        ("max-windows", 1 if max_windows is None else max_windows, 1),
-    ):
-        if value < least:
+    for option, value, least in (("window", window, 2), ("max-windows", max_windows, 1)):
+        if value is not None and value < least:
             raise InputError(f"--{option} must be at least {least}, got {value}")
     from llmprune_eval.suites import chosen_suite
 
@@ -315,7 +312,7 @@ def _evaluate_quality(
     from llmprune.display import progress_bars
     from llmprune.files import save_text
     from llmprune_eval.quality import evaluate_quality, make_folder
-    from llmprune_eval.quality_report import render_table, to_markdown
+    from llmprune_eval.quality_report import notes_of, render_table, to_markdown
 
     with progress_bars(Console(stderr=json)) as on_progress:
         report = evaluate_quality(subjects, extent, folder, recipe=recipe, on_progress=on_progress)
@@ -329,6 +326,8 @@ def _evaluate_quality(
         typer.echo(report.to_json())
         return
     console.print(render_table(report))
+    for note in notes_of(report):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     console.print(f"wrote {folder}", soft_wrap=True)
 
 

@@ -93,10 +93,10 @@ class _Row(NamedTuple):
 
 
 def render_table(report: QualityReport) -> Table:
-    """The report as a rich table; the caption says how it was measured."""
+    """The figures as a rich table; `notes_of` says how they were measured."""
     from rich.table import Table
 
-    table = Table(caption="\n".join(_notes(report)), caption_justify="left", caption_style="")
+    table = Table()
     head, *columns = _columns(report)
     table.add_column(head)
     for column in columns:
@@ -113,7 +113,32 @@ def to_markdown(report: QualityReport) -> str:
     lines += [_cells(report, row) for row in _rows(report)]
     table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
     warnings = [f"**WARNING: {warning}**\n" for warning in report.warnings]
-    return "\n".join([*warnings, *table, "", *(f"- {note}" for note in _notes(report))]) + "\n"
+    return "\n".join([*warnings, *table, "", *(f"- {note}" for note in notes_of(report))]) + "\n"
+
+
+def notes_of(report: QualityReport) -> list[str]:
+    """How each row was measured, and on what."""
+    notes = [f"{label}: {line.name}, {line.dtype}" for label, line in report.models.items()]
+    for text in report.texts:
+        first = next(iter(text.perplexities.values()))
+        notes.append(
+            f"perplexity {text.name}: {first.num_windows} windows of {first.window}, "
+            f"{first.num_tokens} scored tokens"
+        )
+    notes += [_task_note(task) for task in report.tasks]
+    if report.texts or report.tasks:
+        notes.append("±: one standard error")
+    if len(report.models) == 2 and (report.texts or report.tasks):
+        notes.append(
+            "(low to high): 95 % interval from both models on the same documents; p: McNemar's "
+            "exact test; not conclusive: the models may be equal (of 20 tests of equal models "
+            "one says otherwise)"
+        )
+    return [
+        *notes,
+        *report.notes,
+        "; ".join(f"{key} {value}" for key, value in report.environment.items()),
+    ]
 
 
 def _columns(report: QualityReport) -> tuple[str, ...]:
@@ -185,31 +210,6 @@ def _difference_cell(difference: Difference) -> str:
     if difference.p_value is not None:
         cell += f", p {difference.p_value:.2g}"
     return cell if difference.conclusive else f"{cell}, not conclusive"
-
-
-def _notes(report: QualityReport) -> list[str]:
-    """How each row was measured, and on what."""
-    notes = [f"{label}: {line.name}, {line.dtype}" for label, line in report.models.items()]
-    for text in report.texts:
-        first = next(iter(text.perplexities.values()))
-        notes.append(
-            f"perplexity {text.name}: {first.num_windows} windows of {first.window}, "
-            f"{first.num_tokens} scored tokens"
-        )
-    notes += [_task_note(task) for task in report.tasks]
-    if report.texts or report.tasks:
-        notes.append("±: one standard error")
-    if len(report.models) == 2 and (report.texts or report.tasks):
-        notes.append(
-            "(low to high): 95 % interval from both models on the same documents; p: McNemar's "
-            "exact test; not conclusive: the models may be equal (of 20 tests of equal models "
-            "one says otherwise)"
-        )
-    return [
-        *notes,
-        *report.notes,
-        "; ".join(f"{key} {value}" for key, value in report.environment.items()),
-    ]
 
 
 def _task_note(task: TaskFigures) -> str:

@@ -1,4 +1,4 @@
-"""The tasks known by name, and the YAML that lm-eval runs: its own, only the data source changed."""
+"""Tasks known by name, and the YAML that lm-eval runs: its own, only the data source changed."""
 
 from __future__ import annotations
 
@@ -149,9 +149,7 @@ def write_task(
     if name != group:
         configs = {path: c for path, c in configs.items() if c.get("task") == name}
         if not configs:
-            raise InputError(
-                f"{name}: {group} has no such subtask in lm-eval; name the whole group"
-            )
+            raise InputError(f"{name}: no subtask of {group} in lm-eval; name one, or {group}")
     leaves = {path: c for path, c in configs.items() if isinstance(c.get("task"), str)}
     rows = None if data is None else _Rows(files, data, next(iter(leaves.values())), task)
     for path, config in configs.items():
@@ -198,9 +196,8 @@ def _write_included(name: str, task: SuiteTask, folder: Path) -> WrittenTask:
 
 
 def _from_hub(configs: Iterable[Config]) -> WrittenTask:
-    hub = sorted(
-        {(c["dataset_path"], c.get("dataset_name")) for c in configs if "dataset_path" in c}
-    )
+    named = {(c["dataset_path"], c.get("dataset_name")) for c in configs if "dataset_path" in c}
+    hub = sorted(named, key=str)
     return WrittenTask(tuple(hub), ", ".join(sorted({path for path, _ in hub})))
 
 
@@ -278,4 +275,8 @@ class _Names(yaml.SafeLoader):
     """Reads `!function name` as the name."""
 
 
-_Names.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))  # type: ignore[no-untyped-call]
+def _name(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    return str(loader.construct_scalar(node))
+
+
+_Names.add_constructor("!function", _name)

@@ -105,9 +105,8 @@ def metric_scores(
         "higher_is_better": higher_is_better,
         "aggregation": None,
     }
-    if len(documents) != sum(sizes) or not all(
-        isinstance(d, bool | int | float) for d in documents
-    ):
+    are_numbers = all(isinstance(document, bool | int | float) for document in documents)
+    if len(documents) != sum(sizes) or not are_numbers:
         return MetricScores(**found)
     scores = tuple(float(score) for score in documents)
     means, start = [], 0
