@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llmprune.errors import InputError
 
-# Resamples: a bound of a 95 % interval is then off by about 0.02 of the standard error.
+# Resamples: a bound of a 95 % interval is then off by about 0.03 of the standard error.
 RESAMPLES = 10_000
 LEVEL = 0.05
 # Resamples at a time: 5,000 documents that all differ are then 20 MB.
