@@ -116,14 +116,14 @@ def run_task(
             include_path=str(prepared.folder), include_defaults=False
         )
         try:
-            manager.load([prepared.name])
+            loaded = manager.load([prepared.name])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
             raise InputError(
                 f"{prepared.name}: lm-eval can't load the task: {one_line(error)}"
             ) from error
         return lm_eval.simple_evaluate(
             model=_Counted(model, tokenizer, batch_size, on_request),
-            tasks=[prepared.name],
+            tasks=[loaded["groups"].get(prepared.name) or loaded["tasks"][prepared.name]],
             task_manager=manager,
             limit=prepared.task.limit,
             batch_size=batch_size,
@@ -144,24 +144,26 @@ def scores_of(results: dict[str, Any], key: TaskKey) -> TaskScores:
     if not sizes:
         raise InputError(f"{name}: lm-eval scored no document; give the task rows")
     figures = results["results"][name]
+    # asked of a subtask: lm-eval has neither for a group of groups
+    leaf = next(iter(sizes))
     metrics: dict[str, MetricScores] = {}
     for full, value in figures.items():
         metric, comma, chosen = full.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        documents = [row.get(metric) for leaf in sizes for row in samples[leaf].get(chosen, ())]
+        documents = [row.get(metric) for part in sizes for row in samples[part].get(chosen, ())]
         metrics[metric if chosen == "none" else full] = metric_scores(
             float(value),
             figures.get(f"{metric}_stderr,{chosen}"),
             documents,
             list(sizes.values()),
-            higher_is_better=bool(results["higher_is_better"][name].get(metric, True)),
+            higher_is_better=bool(results["higher_is_better"][leaf].get(metric, True)),
         )
     if not metrics:
         raise InputError(f"{name}: lm-eval gave no figure for it; name its subtasks instead")
     return TaskScores(
         key=key,
-        num_fewshot=int(results["n-shot"].get(name, 0)),
+        num_fewshot=int(results["n-shot"][leaf]),
         subtasks=sizes,
         fingerprint=_fingerprint(samples),
         metrics=metrics,
