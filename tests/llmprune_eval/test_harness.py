@@ -191,6 +191,53 @@ def test_the_written_yaml_changes_only_where_rows_come_from(data, tmp_path):
     }
 
 
+def test_local_rows_become_the_prompts_and_targets_of_the_literature(dense, data, tmp_path):
+    """Written out by hand: the other tests compare lm-eval with itself on the same rows."""
+    tasks = "boolq,arc_easy,hellaswag,winogrande"
+    run(dense, tmp_path / "out", data=data, tasks=tasks, limit=3)
+    rows = {stem: read_rows(data, stem) for stem in ("boolq/boolq_val", "arc/ARC-Easy_test")}
+    boolq = samples(tmp_path / "out", "boolq")
+    for sample, row in zip(boolq, rows["boolq/boolq_val"], strict=False):
+        prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+        assert sample["arguments"] == [[prompt, " no"], [prompt, " yes"]]
+        assert int(sample["target"]) == int(row["answer"])
+    arc = samples(tmp_path / "out", "arc_easy")
+    for sample, row in zip(arc, rows["arc/ARC-Easy_test"], strict=False):
+        prompt = f"Question: {row['question']}\nAnswer:"
+        assert sample["arguments"] == [[prompt, f" {text}"] for text in row["choices"]["text"]]
+        assert int(sample["target"]) == "ABCD".index(row["answerKey"])
+    hellaswag = samples(tmp_path / "out", "hellaswag")[0]
+    row = read_rows(data, "hellaswag/hellaswag_val")[0]
+    assert hellaswag["arguments"][1] == [f"cat: {row['ctx_a']} The dog", f" {row['endings'][1]}"]
+    assert int(hellaswag["target"]) == int(row["label"])
+    winogrande = samples(tmp_path / "out", "winogrande")[0]
+    row = read_rows(data, "winogrande/winogrande_xl_dev")[0]
+    assert winogrande["arguments"][0] == [f"the cat saw the dog under {row['option1']}", " quickly"]
+
+
+def test_each_subtask_gets_its_own_rows(dense, tmp_path):
+    folder = save_groups(tmp_path, {"causative": 4, "wh_island": 4}, {"anatomy": 3, "virology": 3})
+    run(dense, tmp_path / "out", data=folder, tasks="blimp_wh_island,mmlu_virology")
+    for task, stem, column, own in (
+        ("blimp_wh_island", "blimp/blimp_all", "UID", "wh_island"),
+        ("mmlu_virology", "mmlu/mmlu_test", "subject", "virology"),
+    ):
+        wanted = [row for row in read_rows(folder, stem) if row[column] == own]
+        assert [sample["doc"] for sample in samples(tmp_path / "out", task)] == wanted
+
+
+def samples(out, task):
+    with gzip.open(out / "model" / f"{task}.samples.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def read_rows(folder, stem):
+    (file,) = folder.glob(f"{stem}.*")
+    content = file.read_bytes()
+    text = gzip.decompress(content) if file.suffix == ".gz" else content
+    return [json.loads(line) for line in text.decode().splitlines()]
+
+
 # pairs
 
 
