@@ -175,7 +175,7 @@ def evaluate(
     for option, value, least in (("window", window, 2), ("max-windows", max_windows, 1)):
         if value is not None and value < least:
             raise InputError(f"--{option} must be at least {least}, got {value}")
-    from llmprune_eval.suites import chosen_suite
+    from llmprune_eval.suite import chosen_suite
 
     chosen = chosen_suite(suite, tasks, limit)
     _quieten_transformers()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune_eval.harness import write_yaml
-from llmprune_eval.suites import BATCH_SIZE, SuiteTask
+from llmprune_eval.suite import BATCH_SIZE, SuiteTask
 
 TASKS = (
     "hellaswag,piqa,arc_easy,winogrande,"

@@ -20,7 +20,7 @@ from llmprune_eval.quality_report import (
     TaskFigures,
     TextFigures,
 )
-from llmprune_eval.suites import Suite, SuiteTask
+from llmprune_eval.suite import Suite, SuiteTask
 from llmprune_eval.task_scores import MetricScores, TaskScores
 
 

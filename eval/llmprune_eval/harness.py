@@ -25,7 +25,7 @@ from llmprune.errors import InputError
 from llmprune.files import replacing, save_text
 from llmprune.recipe import TextSource
 from llmprune.texts import check_reachable
-from llmprune_eval.suites import SuiteTask
+from llmprune_eval.suite import SuiteTask
 from llmprune_eval.task_files import WrittenTask, write_task
 from llmprune_eval.task_scores import MetricScores, TaskKey, TaskScores, metric_scores
 

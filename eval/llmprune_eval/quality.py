@@ -18,7 +18,7 @@ from llmprune_eval.perplexity import encode, measure_perplexity
 from llmprune_eval.quality_report import ModelLine, QualityReport
 from llmprune_eval.report import environment
 from llmprune_eval.subjects import Subject
-from llmprune_eval.suites import BATCH_SIZE, Suite
+from llmprune_eval.suite import BATCH_SIZE, Suite
 from llmprune_eval.task_scores import TaskScores
 
 if TYPE_CHECKING:

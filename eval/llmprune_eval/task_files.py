@@ -12,7 +12,7 @@ import yaml
 
 from llmprune.errors import InputError
 from llmprune_eval.data_files import DataFile, find_file, split_rows, write_rows
-from llmprune_eval.suites import SuiteTask
+from llmprune_eval.suite import SuiteTask
 
 Config = dict[str, Any]
 

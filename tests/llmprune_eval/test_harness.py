@@ -22,7 +22,7 @@ from llmprune_eval.published import Measured, check_published
 from llmprune_eval.quality import Extent, evaluate_quality
 from llmprune_eval.quality_report import QualityReport, to_markdown
 from llmprune_eval.subjects import subjects_of
-from llmprune_eval.suites import SHIPPED, Suite, SuiteTask, chosen_suite
+from llmprune_eval.suite import SHIPPED, Suite, SuiteTask, chosen_suite
 from llmprune_eval.task_files import TASKS
 from llmprune_eval.task_scores import TaskScores
 from tests.llmprune_eval.tiny_tasks import (
@@ -89,6 +89,7 @@ def own_figures(model, task, data, folder, *, settings=WHOLE):
 def assert_equal_figures(report, task, wanted):
     """Every figure and standard error of lm-eval stands in the report, to the last digit."""
     (found,) = [one for one in report.tasks if one.name == task]
+    assert found.num_documents == wanted["sample_len"]
     compared = 0
     for key, value in wanted.items():
         metric, comma, chosen = key.partition(",")
