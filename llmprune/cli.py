@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from llmprune.recipe import Recipe
     from llmprune.sources import LoadedModel
+    from llmprune_eval.quality import Extent
+    from llmprune_eval.subjects import Subject
 
 app = typer.Typer(
     help="Prune a Hugging Face causal language model, verify it, measure it.",
@@ -156,23 +158,55 @@ def verify(folder: FolderArgument) -> None:
 
 @app.command("eval")
 def evaluate(
-    folder: FolderArgument,
-    text: Annotated[str | None, typer.Option(help="Text to use instead of the recipe's.")] = None,
+    model: Annotated[str, typer.Argument(help="A folder that prune wrote, or any model.")],
+    suite: Annotated[
+        str | None, typer.Option(help="lm-eval tasks: quick, full, or a YAML file.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Names of tasks, with commas.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Compare with this model, not the recipe's.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the tasks' rows; default: the Hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text for perplexity, not the recipe's.")] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window, with --text.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Windows at most, with --text.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of all weights; default the stored."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of results; default MODEL/eval.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure perplexity of the dense and the pruned model side by side."""
+    """Measure perplexity and lm-eval tasks, dense and pruned on the same documents."""
     from llmprune.recipe import PerplexityTask
 
-    recipe = _recipe_of(folder)
-    tasks = recipe.evaluation.perplexity
+    if data is not None and not data.is_dir():
+        raise InputError(f"--data must be a folder, got {data}, which is none")
+    for option, value, least in (("window", window, 2), ("max-windows", max_windows, 1)):
+        if value is not None and value < least:
+            raise InputError(f"--{option} must be at least {least}, got {value}")
+    from llmprune_eval.suite import chosen_suite
+
+    chosen = chosen_suite(suite, tasks, limit)
+    _quieten_transformers()
+    from llmprune_eval.quality import Extent
+    from llmprune_eval.subjects import results_folder, subjects_of
+
+    subjects, recipe = subjects_of(model, baseline, dtype)
+    texts = () if recipe is None else recipe.evaluation.perplexity
     if text is not None:
         task = PerplexityTask(dataset=text, split="test", window=window, max_windows=max_windows)
-        tasks = (task,)
-    if not tasks:
-        raise InputError(f"{folder}: the recipe names no text to evaluate on; give one with --text")
-    _measure(folder, recipe, json=json, perplexity=tasks, speed=None)
+        texts = (task,)
+    if not texts and chosen is None:
+        raise InputError(
+            f"{model}: nothing to measure: the recipe (if there is one) names no text; give one "
+            "with --text, or tasks with --suite or --tasks"
+        )
+    folder = out or results_folder(model, subjects[-1])
+    _evaluate_quality(subjects, Extent(texts, chosen, data), recipe, folder, json=json)
 
 
 @app.command()
@@ -328,6 +362,36 @@ def _measure(folder: Path, recipe: Recipe, *, json: bool, perplexity, speed) -> 
         console.print(render_table(report))
 
 
+def _evaluate_quality(
+    subjects: tuple[Subject, ...],
+    extent: Extent,
+    recipe: Recipe | None,
+    folder: Path,
+    *,
+    json: bool,
+) -> None:
+    from llmprune.display import progress_bars
+    from llmprune.files import save_text
+    from llmprune_eval.quality import evaluate_quality, make_folder
+    from llmprune_eval.quality_report import notes_of, render_table, to_markdown
+
+    with progress_bars(Console(stderr=json)) as on_progress:
+        report = evaluate_quality(subjects, extent, folder, recipe=recipe, on_progress=on_progress)
+    make_folder(folder)
+    save_text(report.to_json(), folder / "evaluation.json")
+    save_text(to_markdown(report), folder / "evaluation.md")
+    loud = Console(stderr=True)
+    for warning in report.warnings:
+        loud.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
+    if json:
+        typer.echo(report.to_json())
+        return
+    console.print(render_table(report))
+    for note in notes_of(report):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"wrote {folder}", soft_wrap=True)
+
+
 def _quieten_transformers() -> None:
     """Leave the screen to this program's own progress."""
     from transformers.utils import logging as transformers_logging
@@ -359,6 +423,7 @@ def main() -> None:
     """Run the command line; what a user caused is one line on stderr and exit code 2."""
     if sys.argv[1:2] != ["push"]:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:

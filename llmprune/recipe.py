@@ -198,11 +198,17 @@ class SpeedTask(Part):
 
 
 class Evaluation(Part):
-    """What is measured on the dense and the pruned model."""
+    """What is measured on the dense and the pruned model.
+
+    `published` are figures of the dense model that others report, {task or text: {metric: value}};
+    `llmprune eval` warns where it measures one further off than `published_tolerance`.
+    """
 
     perplexity: tuple[PerplexityTask, ...] = ()
     speed: SpeedTask | None = SpeedTask()
     prompt: str = "The capital of France is"
+    published: dict[str, dict[str, float]] = {}
+    published_tolerance: Annotated[float, Field(gt=0.0)] = 0.02
 
 
 class Recipe(Part):

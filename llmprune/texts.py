@@ -46,7 +46,7 @@ def resolve_text(text: Text) -> Text:
     if text.fallback is None or not _is_on_hub(text.dataset):
         return text
     try:
-        _reach(text)
+        check_reachable(text)
     except UnreachableError as error:
         other = _fallback_of(text, text.fallback)
         if (text.dataset, text.split) not in _told:
@@ -207,7 +207,7 @@ def _strings(rows: list[Any], text: TextSource) -> list[str]:
 
 def _read_hub_texts(text: TextSource) -> list[str]:
     try:
-        _reach(text)
+        check_reachable(text)
     except UnreachableError as error:
         raise InputError(
             f"{text_name(text)}: {error}; connect to the network, or name a local .txt, .jsonl or "
@@ -225,7 +225,7 @@ def _read_hub_texts(text: TextSource) -> list[str]:
     return _strings(list(rows[text.column]), text)
 
 
-def _reach(text: TextSource) -> None:
+def check_reachable(text: TextSource) -> None:
     """Check that a data set can be had; `load_dataset` alone takes half a minute to say no.
 
     Raises:

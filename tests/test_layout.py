@@ -52,6 +52,16 @@ def test_accelerate_is_imported_in_one_file():
     assert importers == ACCELERATE_IMPORTERS
 
 
+def test_lm_eval_is_imported_in_one_file():
+    importers = {
+        file.name
+        for folder in ("llmprune", "eval", "kernels")
+        for file in (ROOT / folder).rglob("*.py")
+        if "lm_eval" in imported_packages(file)
+    }
+    assert importers == {"harness.py"}
+
+
 def test_the_travelling_files_import_nothing_of_llmprune():
     for name in ("modeling_pruned.py", "stock_logits.py"):
         assert "llmprune" not in imported_packages(ROOT / "llmprune" / name)

@@ -51,7 +51,7 @@ def evaluate(
     """
     texts = tuple(
         measure_text(task, dense, pruned, tokenizer, recipe=recipe, on_progress=on_progress)
-        for task in _different(recipe.evaluation.perplexity)
+        for task in different_texts(recipe.evaluation.perplexity)
     )
     task = recipe.evaluation.speed
     speed = None if task is None else compare_speed(task, dense, pruned, on_progress)
@@ -186,7 +186,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def _different(tasks: tuple[PerplexityTask, ...]) -> tuple[PerplexityTask, ...]:
+def different_texts(tasks: tuple[PerplexityTask, ...]) -> tuple[PerplexityTask, ...]:
     """The tasks with their texts resolved; of two that became the same by a fallback, the first."""
     found: dict[tuple[str, int, int | None], PerplexityTask] = {}
     for task in tasks:
