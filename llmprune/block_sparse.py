@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Inside a model folder.
 INDEX_FILE = Path("llmprune") / "block_index.safetensors"
+# Tokens of a decode step and of a prompt.
+TYPICAL_ROWS = (1, 512)
 INDEX_FORMAT = "llmprune-block-index/1"
 
 
@@ -108,6 +110,13 @@ def make_block_sparse(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, sparse)
     _fuse_mlps(model)
+
+
+def keep_faster(model: nn.Module) -> None:
+    """Keep dense copies in layers that blocks would slow down, for one token and for many."""
+    for layer in block_sparse_layers(model).values():
+        if all(layer.choice(rows).backend == "densify" for rows in TYPICAL_ROWS):
+            layer.keep_dense()
 
 
 def make_dense(model: nn.Module) -> None:

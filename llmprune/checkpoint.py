@@ -102,6 +102,7 @@ def load_pruned(
         ) from error
     except OSError as error:
         raise InputError(f"{source}: holds no model ({' '.join(str(error).split())})") from error
+    model.eval()
     if block_sparse:
         _swap_in_blocks(model, str(folder if name is None else name), revision)
     if name is not None:
@@ -125,7 +126,12 @@ def has_blocks(folder: Path) -> bool:
 def _swap_in_blocks(model: PreTrainedModel, source: str, revision: str | None) -> None:
     from transformers.utils import cached_file
 
-    from llmprune.block_sparse import INDEX_FILE, make_block_sparse, read_block_index
+    from llmprune.block_sparse import (
+        INDEX_FILE,
+        keep_faster,
+        make_block_sparse,
+        read_block_index,
+    )
 
     try:
         file = cached_file(source, INDEX_FILE.as_posix(), revision=revision)
@@ -135,6 +141,7 @@ def _swap_in_blocks(model: PreTrainedModel, source: str, revision: str | None) -
             f"no {INDEX_FILE}; load it without"
         ) from error
     make_block_sparse(model, *read_block_index(Path(file)))
+    keep_faster(model)
 
 
 def model_folder(source: str | Path) -> str | Path:

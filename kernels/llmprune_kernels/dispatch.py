@@ -85,6 +85,7 @@ def _on_cpu(work: Work) -> Choice:
     backend: Backend = "native" if compiled else "pytorch"
     said = f"predicted {speedup:.2f}x dense at density {work.density:.2f}, {work.num_rows} rows"
     if speedup < 1.0:
+        # without a dense copy that is kept, this is no faster than dense either
         return Choice("densify", f"{backend} would be slower: {said}", speedup)
     return Choice(backend, said, speedup)
 

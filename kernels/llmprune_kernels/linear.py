@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class BlockSparseLinear(nn.Module):
 
     row_ptr: Tensor
     col: Tensor
+    dense: Tensor | None
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class BlockSparseLinear(nn.Module):
         for name, tensor in index.tensors().items():
             self.register_buffer(name, tensor, persistent=name in SAVED)
         self.max_per_row, self.max_per_column = index.max_per_row, index.max_per_column
+        self.register_buffer("dense", None, persistent=False)
 
     @staticmethod
     def from_dense(linear: nn.Linear, keep_mask: Tensor) -> BlockSparseLinear:
@@ -122,10 +124,27 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x W^T + bias; x has shape (..., in_features)."""
+        if self.dense is not None:
+            return functional.linear(x, self.dense, self.bias)
         return block_sparse_linear(x, self.values, self.index, self.bias)
+
+    def keep_dense(self) -> None:
+        """Multiply by a dense copy from now on, where blocks would be slower; takes its memory.
+
+        The copy does not follow the blocks; `train()` and `load_state_dict` drop it.
+        """
+        self.dense = scatter_blocks(self.values.detach(), self.index)
+
+    def train(self, mode: bool = True) -> BlockSparseLinear:
+        """As `nn.Module.train`; a dense copy is dropped before blocks change."""
+        if mode:
+            self.dense = None
+        return super().train(mode)
 
     def choice(self, num_rows: int) -> Choice:
         """Which backend a call on `num_rows` rows runs, and why."""
+        if self.dense is not None:
+            return Choice("densify", "a dense copy is kept", 1.0)
         return choose_backend(
             Work(
                 device=self.values.device.type,
@@ -150,6 +169,7 @@ class BlockSparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Take values and index; what follows from the index is built again."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.dense = None
         shape = torch.tensor(
             [self.out_features // self.block[0], self.in_features // self.block[1]]
         )
@@ -190,9 +210,13 @@ class BlockSparseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shape (..., hidden_size) in and out."""
         gate, up = self.gate_proj, self.up_proj
-        if isinstance(gate, BlockSparseLinear) and isinstance(up, BlockSparseLinear):
+        if _has_blocks(gate) and _has_blocks(up):
             joined = block_sparse_swiglu(x, gate.values, gate.index, up.values, up.index)
         else:
-            # one of them was made dense again
+            # one of them was made dense again, or keeps a dense copy
             joined = functional.silu(gate(x)) * up(x)
         return self.down_proj(joined)
+
+
+def _has_blocks(layer: nn.Module) -> TypeGuard[BlockSparseLinear]:
+    return isinstance(layer, BlockSparseLinear) and layer.dense is None

@@ -6,7 +6,6 @@ node; which kernel runs is decided inside, where the number of rows is a number.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from llmprune_kernels import cpu, native, reference
 from llmprune_kernels.bsr import BlockIndex, scatter_blocks
 from llmprune_kernels.dispatch import DECODE_ROWS, Backend, Work, choose_backend
+from llmprune_kernels.triton_runtime import has_triton
 
 
 def block_sparse_linear(
@@ -151,34 +151,13 @@ def _triton_forward(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor |
     return kernel.linear(x, values, index, bias)
 
 
-# Dense copies of weights that are too dense to win, as long as the blocks live and stay unchanged.
-_dense_copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
-
-
 def dense_weight(values: Tensor, index: BlockIndex) -> Tensor:
-    """The dense weight of stored blocks.
-
-    On a CPU it is kept until the blocks change or go: writing it costs as much as a small product.
-    On a GPU it is written anew, into memory that the next layer may use.
-    """
-    if values.device.type != "cpu":
-        from llmprune_kernels.triton_runtime import has_triton
-
-        if has_triton():
-            from llmprune_kernels.densify import densify
-
-            return densify(values, index)
+    """The dense weight of stored blocks, written anew: nothing that was kept can be out of date."""
+    if values.device.type == "cpu" or not has_triton():
         return scatter_blocks(values, index)
-    if values.is_inference():
-        return scatter_blocks(values, index)
-    key = values.data_ptr()
-    kept = _dense_copies.get(key)
-    if kept is not None and kept[0]() is values and kept[1] == values._version:
-        return kept[2]
-    dense = scatter_blocks(values.detach(), index)
-    gone = weakref.ref(values, lambda _: _dense_copies.pop(key, None))
-    _dense_copies[key] = (gone, values._version, dense)
-    return dense
+    from llmprune_kernels.densify import densify
+
+    return densify(values, index)
 
 
 @torch.library.custom_op("llmprune::block_sparse_grad_input", mutates_args=())

@@ -85,6 +85,25 @@ def test_it_says_what_runs_and_why():
     assert "density 0.50" in choice.reason
 
 
+def test_a_dense_copy_is_kept_until_the_blocks_may_change():
+    sparse = BlockSparseLinear.from_dense(dense_linear(), mask_of("half")).eval()
+    x = torch.randn(4, 64, dtype=torch.float64)
+    wanted = sparse(x)
+    sparse.keep_dense()
+    torch.testing.assert_close(sparse(x), wanted)
+    assert sparse.choice(4).backend == "densify"
+    assert "dense" not in sparse.state_dict()
+    sparse.train()
+    assert sparse.dense is None
+    sparse.eval().keep_dense()
+    state = {
+        name: 2 * value if name in ("values", "bias") else value
+        for name, value in sparse.state_dict().items()
+    }
+    sparse.load_state_dict(state)
+    torch.testing.assert_close(sparse(x), 2 * wanted)
+
+
 def test_a_fused_mlp_is_the_mlp():
     torch.manual_seed(0)
     gate, up = dense_linear(bias=False), dense_linear(bias=False, seed=1)
