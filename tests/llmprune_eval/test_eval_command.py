@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from llmprune import cli
 from llmprune.recipe import Recipe
@@ -57,7 +58,7 @@ def refusal(monkeypatch, capfd, *arguments):
 def test_a_run_is_compared_with_its_dense_model_and_warned_of_first(
     monkeypatch, capfd, run_folder, tmp_path
 ):
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setattr(cli, "console", Console(width=140))
     options = ("--tasks", "piqa,winogrande", "--data", tmp_path / "data", "--limit", 6)
     assert call(monkeypatch, run_folder, *options) == 0
     shown = capfd.readouterr()
