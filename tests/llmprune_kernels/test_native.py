@@ -132,6 +132,62 @@ def test_nan_of_a_row_stays_in_that_row(num_rows):
         assert not bad[torch.arange(num_rows) != 1].any()
 
 
+GUARDED = """
+import ctypes, mmap, sys, torch
+from llmprune_kernels import native
+from llmprune_kernels.bsr import BlockIndex
+
+def at_the_end_of_memory(tensor):
+    page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
+    pages = (size + page - 1) // page
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + pages * page), page, 0) == 0
+    at = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(),
+                          offset=pages * page - size)
+    return at.view(tensor.shape).copy_(tensor)
+
+for block in ((16, 16), (32, 16), (16, 64), (128, 128)):
+    index = BlockIndex.from_mask(torch.ones(2, 3, dtype=torch.bool))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = at_the_end_of_memory(torch.randn(6, *block).to(dtype))
+        bias = at_the_end_of_memory(torch.randn(2 * block[0]).to(dtype))
+        for num_rows in (1, 7, 12, 17, 49):
+            x = at_the_end_of_memory(torch.randn(num_rows, 3 * block[1]).to(dtype))
+            dy = at_the_end_of_memory(torch.randn(num_rows, 2 * block[0]).to(dtype))
+            for using in native.INSTRUCTION_SETS:
+                best = native.INSTRUCTION_SETS.index(native.instruction_set())
+                if native.INSTRUCTION_SETS.index(using) > best:
+                    continue
+                if dtype == torch.float16 and using == "portable":
+                    continue
+                native.linear(x, values, index, bias, using=using)
+                native.grad_input(dy, values, index, using=using)
+                native.linear_swiglu(x, values, index, values, index, using=using)
+print("done")
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="guards memory with mprotect")
+def test_nothing_is_read_past_the_end_of_an_argument():
+    environment = {**os.environ, "PYTHONPATH": str(Path(native.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr
+
+
+@needs_compiler
+def test_there_is_one_openmp_runtime():
+    native.instruction_set()
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    names = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+    assert len(names) <= 1
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_is_that_of_the_dense_product(dtype):
