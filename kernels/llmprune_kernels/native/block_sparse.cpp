@@ -146,8 +146,8 @@ void sum_tiles(const Kernels& kernels, const Problem& p, const Weight& weight, i
   const TileCall call{weight.column + begin, weight.pointer[block + 1] - begin, block_size,
                       p.width, x_row, p.height};
   const char* w = static_cast<const char*>(weight.values) + begin * block_size * kernels.stored_bytes;
-  const int64_t columns = kernels.tile_columns[p.num_rows < kernels.tile_rows ? p.num_rows
-                                                                              : kernels.tile_rows];
+  // The widest tile: narrower ones, of other rows, take turns within it.
+  const int64_t columns = kernels.tile_columns[1];
   for (int64_t n = 0; n < p.height; n += columns) {
     for (int64_t m = 0; m < p.num_rows; m += kernels.tile_rows) {
       const int64_t rest = p.num_rows - m;

@@ -86,14 +86,12 @@ struct BF16 : Widened<BF16> {
     const Words wide = __builtin_convertvector(*reinterpret_cast<const LooseHalves*>(p), Words);
     return (Floats)(wide << 16);
   }
-  // Round to nearest, ties to even; NaN stays NaN.
+  // Round to nearest, ties to even. A NaN is the processor's or was a bfloat16: its lower half is
+  // zero, and it stays NaN.
   INLINE void store(uint16_t* p, Floats v) {
     const Words bits = (Words)v;
     const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Words quiet = (bits >> 16) | 0x40u;
-    const Words is_nan = (Words)(v != v);
-    *reinterpret_cast<LooseHalves*>(p) =
-        __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), Halves);
+    *reinterpret_cast<LooseHalves*>(p) = __builtin_convertvector(rounded, Halves);
   }
 };
 
