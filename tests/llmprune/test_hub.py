@@ -290,6 +290,15 @@ def test_a_token_in_the_prompt_is_refused(
     assert not server.requests
 
 
+def test_a_token_in_the_dense_models_card_is_not_published(
+    server: HubServer, run: Path, push: Any
+) -> None:
+    card = f"---\nlicense: other\nlicense_name: {READER}\n---\n# dense\n"
+    server.create(DENSE, {"README.md": card.encode()})
+    assert "README.md: must hold no access token" in refused(push, run, REPO)
+    assert set(server.files(REPO)) == {".gitattributes"}
+
+
 # one answer wrong at a time
 
 BATCH, PUT, VERIFY = r"POST .*/objects/batch$", r"PUT /lfs/", r"POST /lfs-verify/"

@@ -52,10 +52,11 @@ def test_metadata_is_what_the_hub_reads(write: Any) -> None:
 
 
 def test_only_texts_of_the_hub_become_results_in_the_hubs_format(write: Any) -> None:
+    built_in = {"dataset": "builtin:python-reference", "split": "test"}
     hub_text = {"dataset": "owner/data", "config": "raw", "split": "test"}
     recipe = recipe_of(
         calibration={"dataset": "owner/rows", "num_rows": 8, "row_length": 16},
-        evaluation={"speed": None, "perplexity": [hub_text, {"dataset": "builtin:x"}]},
+        evaluation={"speed": None, "perplexity": [hub_text, built_in]},
     )
     texts = [
         TextResult(name=name, in_domain=False, dense=perplexity(4.0), pruned=perplexity(6.0))
