@@ -29,6 +29,9 @@ NAME = "quality-smollm2-135m"
 GRADUAL = "gradual"
 METHODS = [name for name, one in CONTENDERS.items() if not one.is_control or name == GRADUAL]
 
+# Who is trained after the cut: the best baseline of the main block, and the nearest control.
+FURTHEST = ["sequential_attention", "taylor_squared", GRADUAL]
+
 
 @dataclass(frozen=True)
 class Part:
@@ -44,8 +47,8 @@ PARTS = {
     "mlp": Part("mlp-25", METHODS, Extent(refit="best:2")),
     "half": Part("main-50", METHODS, Extent(refit="best:2")),
     "mixed": Part("mixed-25", METHODS, Extent(refit="best:2")),
-    "recovery": Part("main-25", None, Extent(refit="best:4", recover="best:2")),
-    "seeds": Part("main-25", None, Extent(refit="best:4", recover="best:2", seeds=3)),
+    "recovery": Part("main-25", FURTHEST, Extent(refit="best:2", recover="best:2")),
+    "seeds": Part("main-25", None, Extent(refit="best:4", recover="best:3", seeds=3)),
     "c4": Part("main-25-c4", METHODS, Extent(refit="best:2")),
 }
 
