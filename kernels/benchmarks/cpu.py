@@ -258,7 +258,7 @@ def report(result: dict[str, Any], cells: list[dict]) -> str:
         "# Block-sparse against dense products on a CPU",
         "",
         f"{names['model name']} (family {names['cpu family']}), {result['instruction_set']} "
-        f"instructions, torch {result['torch']}, {result['date']}, {result['rounds']} rounds in turns.",
+        f"instructions, torch {result['torch']}, {result['date']}, {result['rounds']} rounds.",
         "Dense: `F.linear` of the same shape. Speedup: dense time over the way's, above 1 is faster"
         "; every way makes y from x and the stored blocks anew (`densify` the dense weight too).",
         "One thread: medians of process CPU time. More: medians of wall time.",
