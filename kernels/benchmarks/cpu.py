@@ -5,7 +5,8 @@
 
 Every way is compared with float64 before it is timed; one that is wrong stops the run. Dense and
 all ways take turns, in rounds. The figure is the median of process CPU time (other work on the
-machine does not count, though the caches it empties do) for one thread, of wall time for more.
+machine does not count, though the caches it empties do) for one thread, of wall time for more,
+which is not taken while others use the machine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import statistics
 import sys
@@ -21,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -220,8 +223,12 @@ def write_table(*, rounds: int) -> None:
 
 def write_results(thread_counts: list[int], *, rounds: int) -> None:
     """Measure the full set on the first number of threads and the short set on the others."""
-    measured = []
+    measured: list[dict] = []
     for threads in thread_counts:
+        busy = os.getloadavg()[0] > (os.cpu_count() or 1) - threads + 0.5
+        if threads > 1 and busy:
+            print(f"{threads} threads are not timed: others use this machine", flush=True)
+            continue
         torch.set_num_threads(threads)
         for case in full_cases() if threads == thread_counts[0] else short_cases():
             timings = measure(case, rounds=rounds, sample_s=0.02)
@@ -239,18 +246,19 @@ def write_results(thread_counts: list[int], *, rounds: int) -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", names["model name"].lower()).strip("-")
     path = RESULTS / f"cpu-{slug}-family{names['cpu family']}"
     RESULTS.mkdir(exist_ok=True)
-    result = {**conditions(), "rounds": rounds, "cells": measured}
+    result: dict[str, Any] = {**conditions(), "rounds": rounds, "cells": measured}
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(report(result, measured))
 
 
-def report(result: dict[str, object], cells: list[dict]) -> str:
+def report(result: dict[str, Any], cells: list[dict]) -> str:
     """The same as one Markdown table for every number of threads."""
+    names = result["device"]
     lines = [
         "# Block-sparse against dense products on a CPU",
         "",
-        f"{result['device']}, instruction set {result['instruction_set']}, torch "
-        f"{result['torch']}, {result['date']}, {result['rounds']} rounds in turns.",
+        f"{names['model name']} (family {names['cpu family']}), {result['instruction_set']} "
+        f"instructions, torch {result['torch']}, {result['date']}, {result['rounds']} rounds.",
         "Dense: `F.linear` of the same shape. Speedup: dense time over the way's, above 1 is faster"
         "; every way makes y from x and the stored blocks anew (`densify` the dense weight too).",
         "One thread: medians of process CPU time. More: medians of wall time.",

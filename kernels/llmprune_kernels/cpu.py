@@ -132,7 +132,7 @@ def _gather_bmm(x: Tensor, blocks: Tensor, source: Tensor, target: Tensor, size:
     wide = _sum_dtype(x.dtype)
     sums = products.new_zeros(size, *products.shape[1:], dtype=wide)
     sums.index_add_(0, target, products.to(wide))
-    return sums.to(x.dtype).transpose(0, 1).reshape(x.shape[0], -1)
+    return sums.to(x.dtype).transpose(0, 1).flatten(1)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -142,7 +142,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _side_by_side(blocks: Tensor) -> Tensor:
     """Blocks of one block row as one matrix, shape (rows, count * columns)."""
-    return blocks[0] if len(blocks) == 1 else blocks.transpose(0, 1).reshape(blocks.shape[1], -1)
+    return blocks[0] if len(blocks) == 1 else blocks.transpose(0, 1).flatten(1)
 
 
 def _merged_runs(x: Tensor, values: Tensor, index: BlockIndex) -> Tensor:

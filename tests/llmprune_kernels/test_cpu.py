@@ -72,6 +72,15 @@ def test_gradients_equal_float64(num_rows, block):
             assert reference.relative_error(dw, wanted) <= blocks.TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("way", [*cpu.WAYS, None])
+def test_no_rows_give_no_rows(way):
+    values, index = blocks.weight("random", torch.float32, (16, 16))
+    x, dy = torch.empty(0, 64), torch.empty(0, 48)
+    assert cpu.linear(x, values, index, way=way).shape == (0, 48)
+    assert cpu.grad_input(dy, values, index).shape == (0, 64)
+    assert not cpu.grad_values(dy, x, index, (16, 16)).any()
+
+
 def test_both_roads_of_the_gradients_are_taken():
     index = blocks.weight("full", torch.float32, (16, 16))[1]
     assert cpu._gathers(16, index, (16, 16))

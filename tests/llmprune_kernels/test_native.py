@@ -98,6 +98,16 @@ def test_gradient_of_the_input_equals_float64(block):
 
 @needs_compiler
 @pytest.mark.usefixtures("_poisoned")
+def test_rows_that_are_packed_in_rounds_equal_float64():
+    # 32 MiB of x, in rounds of 16
+    values, index = blocks.weight("random", torch.float32, (32, 32), (2, 256))
+    x = torch.randn(1000, 8192)
+    wanted = reference.exact(x, values, index)
+    assert reference.relative_error(native.linear(x, values, index), wanted) <= 8e-6
+
+
+@needs_compiler
+@pytest.mark.usefixtures("_poisoned")
 def test_swiglu_of_two_patterns_equals_float64():
     for (name, dtype), num_rows in itertools.product(usable(), ROWS):
         gate, gate_index = blocks.weight("unequal", dtype, (32, 32))

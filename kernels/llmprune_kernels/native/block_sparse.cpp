@@ -210,6 +210,21 @@ void sum_panel(const Kernels& kernels, const Problem& p, const Weight& weight, i
   kernels.unpack_panel(by_column, vectors, p.out_width(), sums);
 }
 
+void write_panel(const Kernels& kernels, const Problem& p, int64_t block, int64_t first,
+                 int64_t rows, int64_t vectors, const void* packed) {
+  alignas(64) float sums[2][kMaxSide * kMaxVectors * kMaxLanes];
+  for (int64_t i = 0; i < p.num_weights; i++) {
+    sum_panel(kernels, p, p.weights[i], block, packed, vectors, sums[i]);
+  }
+  for (int64_t m = 0; m < rows; m++) {
+    const int64_t at = m * p.out_width();
+    write_row(kernels, p, block, first + m, sums[0] + at, sums[1] + at);
+  }
+}
+
+// x is packed in rounds of at most this many bytes: threads wait for one another twice a round.
+constexpr int64_t kRoundBytes = 16 << 20;
+
 // Many rows of x: lanes are rows.
 Status run_panels(const Kernels& kernels, const Problem& p, int threads) {
   const int64_t lanes = kernels.lanes;
@@ -217,36 +232,37 @@ Status run_panels(const Kernels& kernels, const Problem& p, int threads) {
   const int64_t panel = (needed < kMaxVectors ? needed : kMaxVectors) * lanes;
   // Packing writes whole squares of units: a row may end within one.
   const int64_t units = (p.in_size + 2 * lanes - 1) / (2 * lanes) * (2 * lanes);
-  void* packed = aligned_alloc(64, (units * panel * 4 + 63) / 64 * 64);
+  const int64_t fitting = kRoundBytes / (units * panel * 4);
+  const int64_t wanted = (p.num_rows + panel - 1) / panel;
+  const int64_t panels = fitting < 1 ? 1 : fitting < wanted ? fitting : wanted;
+  float* packed =
+      static_cast<float*>(aligned_alloc(64, (panels * units * panel * 4 + 63) / 64 * 64));
   if (!packed) return kNoMemory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  for (int64_t start = 0; start < p.num_rows; start += panel) {
-    const int64_t rows = p.num_rows - start < panel ? p.num_rows - start : panel;
-    const int64_t vectors = (rows + lanes - 1) / lanes;
+  for (int64_t start = 0; start < p.num_rows; start += panels * panel) {
+    const int64_t rest = p.num_rows - start;
+    const int64_t rows = rest < panels * panel ? rest : panels * panel;
+    // Rows of x, and vectors of them, in the panel that begins at row m of this round.
+    const auto rows_at = [=](int64_t m) { return rows - m < panel ? rows - m : panel; };
+    const auto vectors_at = [=](int64_t m) { return (rows_at(m) + lanes - 1) / lanes; };
 #pragma omp for schedule(static)
-    for (int64_t v = 0; v < vectors; v++) {
-      const int64_t m = start + v * lanes;
-      const int64_t rest = p.num_rows - m;
-      kernels.pack_panel(static_cast<const char*>(p.x) + m * p.x_stride * kernels.stored_bytes,
-                         p.x_stride, rest < lanes ? rest : lanes, p.in_size, vectors,
-                         static_cast<float*>(packed) + v * lanes);
+    for (int64_t m = 0; m < rows; m += lanes) {
+      const int64_t first = m / panel * panel;
+      kernels.pack_panel(
+          static_cast<const char*>(p.x) + (start + m) * p.x_stride * kernels.stored_bytes,
+          p.x_stride, rows - m < lanes ? rows - m : lanes, p.in_size, vectors_at(first),
+          packed + first * units + (m - first));
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t block = 0; block < p.out_blocks; block++) {
-      alignas(64) float sums[2][kMaxSide * kMaxVectors * kMaxLanes];
-      for (int64_t i = 0; i < p.num_weights; i++) {
-        sum_panel(kernels, p, p.weights[i], block, packed, vectors, sums[i]);
-      }
-      for (int64_t m = 0; m < rows; m++) {
-        const int64_t at = m * p.out_width();
-        write_row(kernels, p, block, start + m, sums[0] + at, sums[1] + at);
-      }
+    for (int64_t task = 0; task < (rows + panel - 1) / panel * p.out_blocks; task++) {
+      const int64_t first = task / p.out_blocks * panel;
+      write_panel(kernels, p, task % p.out_blocks, start + first, rows_at(first),
+                  vectors_at(first), packed + first * units);
     }
   }
   free(packed);
   return kDone;
 }
-
 
 // Whole vectors of rows as panels; a few that are left over as tiles.
 Status run(const Kernels& kernels, const Problem& p, int threads) {
