@@ -21,6 +21,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from llmprune.cost import Cost
     from llmprune.estimate import Estimate
+    from llmprune.export import Exported
     from llmprune.latency import Promise
     from llmprune.replanning import Replanned
     from llmprune.run_steps import OnProgress
@@ -223,6 +224,19 @@ def _add_costs(table: Table, dense: Cost, pruned: Cost, promise: Promise | None)
 def _span(counts: list[int]) -> str:
     low, high = min(counts, default=0), max(counts, default=0)
     return f"{low:,}" if low == high else f"{low:,}..{high:,}"
+
+
+def export_line(result: Exported) -> str:
+    """What was written, what its zeros cost, and how equal it is."""
+    line = f"wrote {result.path}: {result.architecture}, {result.parameters:,} parameters"
+    added = result.parameters - result.source_parameters
+    if added > 0:
+        share = added / result.source_parameters
+        line += f" ({added:,} of them zeros that this form needs, {share:.1%} on top)"
+    line += f", {result.size_bytes / 1e6:.1f} MB"
+    if result.max_abs_difference is not None:
+        line += f"; max abs logit difference from the source {result.max_abs_difference:.1e}"
+    return line
 
 
 def to_json(data: Any) -> str:
