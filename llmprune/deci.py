@@ -8,7 +8,9 @@ attention, so it gets one that adds nothing.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import InputError
@@ -78,11 +80,19 @@ def deci_config(config: Any, form: LlamaForm) -> PretrainedConfig:
         dtype=config.dtype,
     )
     built.auto_map = {"AutoConfig": "configuration_decilm.DeciLMConfig"}
-    # Readers older than `rope_parameters` look for these.
-    rope = dict(data["rope_parameters"])
-    built.rope_theta = rope.pop("rope_theta")
-    built.rope_scaling = rope if rope["rope_type"] != "default" else None
     return built
+
+
+def write_config(config: PretrainedConfig, folder: Path) -> None:
+    """Save a config that `deci_config` gave, with the keys that older readers look for."""
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    rope = dict(data["rope_parameters"])
+    # before `rope_parameters` there were these two
+    data["rope_theta"] = rope.pop("rope_theta")
+    data["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def block_config(layer: LayerWidths, hidden_size: int) -> dict[str, Any]:

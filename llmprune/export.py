@@ -75,8 +75,8 @@ def export(
     from llmprune.checkpoint import load_pruned, model_folder
     from llmprune.units import map_shape
 
-    _check_arguments(source, out, form)
     folder = Path(model_folder(source))
+    _check_arguments(folder, out, form)
     model = load_pruned(folder)
     name = json.loads((folder / "config.json").read_text()).get("_name_or_path") or folder.name
     # not where it lies on this machine
@@ -106,13 +106,13 @@ def export(
     )
 
 
-def _check_arguments(source: Path, out: Path, form: ServingFormat) -> None:
+def _check_arguments(folder: Path, out: Path, form: ServingFormat) -> None:
     if out.exists():
         raise InputError(f"{out}: OUT must be new, it exists; choose another")
     if form == "gguf" and out.suffix != ".gguf":
         raise InputError(f"{out}: with --format gguf OUT must end in .gguf")
-    if not source.is_dir():
-        raise InputError(f"{source}: must be a run folder or a model folder, there is none")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: must be a run folder or a model folder, it holds no model")
     if not out.parent.is_dir():
         raise InputError(f"{out}: the folder OUT goes into must exist, {out.parent} does not")
 
@@ -147,50 +147,63 @@ def _in_form(model: PreTrainedModel, shape: UnitMap, form: str) -> PreTrainedMod
 
 
 def _difference(model: PreTrainedModel, built: PreTrainedModel) -> float:
-    """Largest difference of logits on random tokens.
+    """Largest difference of logits on random tokens, in float64 where the model is small enough.
 
     Raises:
         InputError: The models compute different things.
     """
     import torch
 
-    from llmprune.verification import (
-        FLOAT32_TOLERANCE,
-        TOLERANCE,
-        largest_difference,
-        reference_logits,
-    )
+    from llmprune.verification import FLOAT32_TOLERANCE, FLOAT64_PARAMETERS, TOLERANCE
 
     generator = torch.Generator().manual_seed(0)
     length = min(CHECK_LENGTH, model.config.max_position_embeddings)
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
-    expected = reference_logits(model, tokens)
-    found = largest_difference(reference_logits(built, tokens), expected)
-    exact = "float64" if "float64" in found else "float32"
+    small = built.num_parameters() < FLOAT64_PARAMETERS
+    arithmetic = torch.float64 if small else torch.promote_types(model.dtype, torch.float32)
+    expected = _logits_in(arithmetic, model, tokens)
+    found = float((_logits_in(arithmetic, built, tokens) - expected).abs().max())
     limit = TOLERANCE
-    if exact == "float32":
-        limit = max(limit, FLOAT32_TOLERANCE * float(expected[exact].abs().max()))
+    if not small:
+        limit = max(limit, FLOAT32_TOLERANCE * float(expected.abs().max()))
     # written so that a NaN fails
-    if not found[exact] <= limit:
+    if not found <= limit:
         raise InputError(
-            f"the exported model must give the source's logits within {limit:g}, got "
-            f"{found[exact]:g}; nothing was written, please report this"
+            f"the exported model must give the source's logits within {limit:g}, got {found:g}; "
+            "nothing was written, please report this"
         )
-    return found[exact]
+    return found
+
+
+def _logits_in(
+    arithmetic: torch.dtype, model: PreTrainedModel, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Logits in an arithmetic at least as wide as the weights, which come back unchanged."""
+    import torch
+
+    from llmprune.checkpoint import cast_parameters
+    from llmprune.stock_logits import forward_logits
+
+    saved = model.dtype
+    cast_parameters(model, arithmetic)
+    with torch.no_grad():
+        logits = forward_logits(model, tokens)
+    cast_parameters(model, saved)
+    return logits
 
 
 def _export_deci(model: PreTrainedModel, shape: UnitMap, folder: Path, out: Path) -> Exported:
     from safetensors.torch import save_file
 
     from llmprune import configuration_decilm
-    from llmprune.deci import ARCHITECTURE, deci_config, deci_form
+    from llmprune.deci import ARCHITECTURE, deci_config, deci_form, write_config
 
     form = deci_form(model, shape)
     config = deci_config(model.config, form)
     weights = {name: value.contiguous() for name, value in form.weights.items()}
     with _new_folder(folder, out) as temporary:
         temporary.mkdir()
-        config.save_pretrained(temporary)
+        write_config(config, temporary)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(temporary)
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})

@@ -240,6 +240,9 @@ def _why_not_stock(config: Any, layers: tuple[LayerWidths, ...]) -> str | None:
         return None
     if config.hidden_act != "silu":
         return f"the activation must be silu, it is {config.hidden_act}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        return f"llama.cpp's qwen3 has no sliding window, this model one of {window} tokens"
     if config.rope_parameters.get("rope_type") != "default":
         return "llama.cpp's qwen3 rotates positions in the plain way only"
     return None
