@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 
 from llmprune.errors import InputError
+from llmprune.export import FileType, ServingFormat
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -154,6 +156,26 @@ def verify(folder: FolderArgument) -> None:
         f"(at most {result.tolerance:g}); reference: the {result.reference} model",
         soft_wrap=True,
     )
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or a pruned model's folder.")],
+    out: Annotated[Path, typer.Argument(help="New folder; for gguf a new .gguf file.")],
+    form: Annotated[ServingFormat, typer.Option("--format", help="What to write.")],
+    dtype: Annotated[FileType | None, typer.Option(help="Of weights; default: as saved.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Write the model as a server reads it: stock, zero-padded, DeciLM or GGUF."""
+    from llmprune.display import export_line, to_json
+    from llmprune.export import export as write
+
+    _quieten_transformers()
+    result = write(folder, out, form, dtype=dtype)
+    if json:
+        typer.echo(to_json({**asdict(result), "path": str(result.path)}))
+    else:
+        console.print(export_line(result), soft_wrap=True)
 
 
 @app.command("eval")

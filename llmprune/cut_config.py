@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 ExportFormat = Literal["uniform", "per_layer"]
 
 
+class UnfitError(InputError):
+    """No stock class has a shape; `reason` says why, the message also what to do about a plan."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"export.format uniform can't express this plan: {reason}; "
+            "use export.format: per_layer, or prune other kinds"
+        )
+
+
 def check_form(
     model: PreTrainedModel,
     unit_map: UnitMap,
@@ -39,7 +50,7 @@ def uniform_config(
     """The stock config of a cut shape, `biased` with a bias on what writes to the stream.
 
     Raises:
-        InputError: No stock class has this shape: layers differ, lack a sublayer, the family
+        UnfitError: No stock class has this shape: layers differ, lack a sublayer, the family
             ties head_dim to the hidden size, or has no such bias.
     """
     from huggingface_hub.errors import StrictDataclassError
@@ -48,6 +59,8 @@ def uniform_config(
     architecture = unit_map.architecture
     _refuse_differing(unit_map, widths)
     data = _config_data(config, unit_map, widths)
+    # the key of a class whose layers differ, which a stock one shows by its own bias keys
+    data.pop("write_bias", None)
     data.update(_layer_data(architecture, widths.kept_layers[0]))
     if architecture.head_dim_free:
         data["head_dim"] = unit_map.head_dim
@@ -57,12 +70,12 @@ def uniform_config(
     except (ValueError, StrictDataclassError) as error:
         refusal = " ".join(str(error).split())
     if architecture.stands_in is None:
-        raise InputError(_use_per_layer(f"{family}'s config refuses it ({refusal})"))
+        raise UnfitError(f"{family}'s config refuses it ({refusal})")
     family, must_be_off = architecture.stands_in
     switched_on = [key for key in must_be_off if data.pop(key, None)]
     if switched_on:
         reason = f"{architecture.family}'s config refuses it and {family} has no {switched_on[0]}"
-        raise InputError(_use_per_layer(reason))
+        raise UnfitError(reason)
     data.pop("pretraining_tp", None)
     return AutoConfig.for_model(family, sliding_window=None, **data)
 
@@ -73,11 +86,11 @@ def _switch_biases_on(data: dict[str, Any], architecture: Architecture) -> str:
         f"no stock class computes {architecture.family} with a bias on what writes to the stream"
     )
     if architecture.biased_as is None:
-        raise InputError(_use_per_layer(f"{reason} (compensation: mean)"))
+        raise UnfitError(f"{reason} (compensation: mean)")
     family, must_be_off = architecture.biased_as
     switched_on = [key for key in must_be_off if data.get(key)]
     if switched_on:
-        raise InputError(_use_per_layer(f"{reason} and {switched_on[0]} (compensation: mean)"))
+        raise UnfitError(f"{reason} and {switched_on[0]} (compensation: mean)")
     data.update(dict.fromkeys(architecture.bias_keys, True))
     if family != architecture.family:
         for key in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
@@ -135,25 +148,16 @@ def _refuse_differing(unit_map: UnitMap, widths: Widths) -> None:
     architecture = unit_map.architecture
     for branch in ("attention", "mlp"):
         if not all(getattr(layer, branch) for layer in layers):
-            raise InputError(_use_per_layer(f"a layer has lost its {branch}"))
+            raise UnfitError(f"a layer has lost its {branch}")
     if len(set(layers)) > 1:
-        raise InputError(_use_per_layer("its layers differ in width"))
+        raise UnfitError("its layers differ in width")
     query = layers[0].num_attention_heads * unit_map.head_dim
     if not architecture.head_dim_free and query != widths.hidden_size:
-        raise InputError(
-            _use_per_layer(
-                f"a stock {architecture.family} derives head_dim as hidden_size / heads "
-                f"({widths.hidden_size} / {layers[0].num_attention_heads}), "
-                f"which is not {unit_map.head_dim}"
-            )
+        raise UnfitError(
+            f"a stock {architecture.family} derives head_dim as hidden_size / heads "
+            f"({widths.hidden_size} / {layers[0].num_attention_heads}), "
+            f"which is not {unit_map.head_dim}"
         )
-
-
-def _use_per_layer(reason: str) -> str:
-    return (
-        f"export.format uniform can't express this plan: {reason}; "
-        "use export.format: per_layer, or prune other kinds"
-    )
 
 
 def _config_data(config: Any, unit_map: UnitMap, widths: Widths) -> dict[str, Any]:

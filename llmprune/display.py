@@ -21,6 +21,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from llmprune.cost import Cost
     from llmprune.estimate import Estimate
+    from llmprune.export import Exported
     from llmprune.latency import Promise
     from llmprune.publication import Upload
     from llmprune.replanning import Replanned
@@ -238,6 +239,19 @@ def upload_table(uploads: Sequence[Upload], left_out: Sequence[str], repo: str) 
     table.add_section()
     table.add_row(f"{len(uploads)} files", f"{sum(upload.size for upload in uploads):,}", "")
     return table
+
+
+def export_line(result: Exported) -> str:
+    """What was written, what its zeros cost, and how equal it is."""
+    line = f"wrote {result.path}: {result.architecture}, {result.parameters:,} parameters"
+    added = result.parameters - result.source_parameters
+    if added > 0:
+        share = added / result.source_parameters
+        line += f" ({added:,} of them zeros that this form needs, {share:.1%} on top)"
+    line += f", {result.size_bytes / 1e6:.1f} MB"
+    if result.max_abs_difference is not None:
+        line += f"; max abs logit difference from the source {result.max_abs_difference:.1e}"
+    return line
 
 
 def to_json(data: Any) -> str:

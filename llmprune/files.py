@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,15 @@ from torch import Tensor
 
 from llmprune.errors import InputError
 
+# What to do after a failed write, in a run.
+RESUME = "make room or choose another --out, then --resume"
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, advice: str = RESUME) -> Iterator[Path]:
     """Write to the temporary name that is given; it takes `path`'s place when the block ends well.
+
+    The name may become a file or a folder; a folder takes the place only of nothing.
 
     Raises:
         InputError: The disk is full or the place can't be written; what was there before stays.
@@ -25,13 +31,12 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise InputError(
-            f"{path.name}: could not be written ({_reason(error)}); make room or choose "
-            "another --out, then --resume"
+            f"{path.name}: could not be written ({_reason(error)}); {advice}"
         ) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
 
 
@@ -47,6 +52,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, note: dict[str, str]
 
     with replacing(path) as temporary:
         save_file(dict(tensors), temporary, metadata=note)
+
+
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:

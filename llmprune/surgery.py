@@ -50,12 +50,13 @@ def cut(
     state = dict(_sliced_parameters(model, unit_map, plan, widths))
     if means is not None:
         state |= _biases(model, unit_map, plan, means, all_kinds=form == "uniform")
-    return _build(config, state, model)
+    return build_model(config, state, model)
 
 
-def _build(
+def build_model(
     config: PretrainedConfig, state: dict[str, Tensor], dense: PreTrainedModel
 ) -> PreTrainedModel:
+    """A model of `config` that holds the weights `state`; the rest is as `dense` has it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from llmprune.modeling_pruned import CLASSES

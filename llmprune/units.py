@@ -166,8 +166,26 @@ def map_units(model: PreTrainedModel) -> UnitMap:
     """Map every removable unit of a causal language model; works on the meta device too.
 
     Raises:
-        InputError: The family has no table, or the model has a parameter that its table does not
-            name (an adapter, an extra head).
+        InputError: The family has no table, the model has a parameter that its table does not
+            name (an adapter, an extra head), or a layer lacks a sublayer.
+    """
+    unit_map = map_shape(model)
+    for index in range(unit_map.num_layers):
+        layer = unit_map.layer(index)
+        if not (layer.attention and layer.mlp):
+            raise InputError(
+                f"every layer must have its attention and MLP, layer {index} of this model has "
+                f"already lost its {'mlp' if layer.attention else 'attention'}; prune the dense "
+                "model instead"
+            )
+    return replace(unit_map, groups={group.name: group for group in _groups(unit_map)})
+
+
+def map_shape(model: PreTrainedModel) -> UnitMap:
+    """A `UnitMap` without groups, of any model that was pruned: layers may lack sublayers.
+
+    Raises:
+        InputError: As `map_units`, for the family and the parameters.
     """
     config = model.config
     architecture = architecture_of(config.model_type)
@@ -188,7 +206,7 @@ def map_units(model: PreTrainedModel) -> UnitMap:
                 f"{parameter.name} must have shape {expected} by the model's config, "
                 f"got {parameter.shape}"
             )
-    return replace(unit_map, groups={group.name: group for group in _groups(unit_map)})
+    return unit_map
 
 
 def query_heads_per_group(layer: LayerWidths) -> int:
@@ -215,11 +233,7 @@ def _read_widths(model: PreTrainedModel, architecture: Architecture) -> Widths:
     layers = []
     for index in range(config.num_hidden_layers):
         own = layer_config(config, index)
-        if getattr(own, "skip", None):
-            raise InputError(
-                f"every layer must have its attention and MLP, layer {index} of this model has "
-                f"already lost its {own.skip[0]}; prune the dense model instead"
-            )
+        skipped = getattr(own, "skip", None) or ()
         heads = own.num_attention_heads
         size = getattr(own, architecture.config_key("intermediate_size"), None)
         layers.append(
@@ -228,6 +242,8 @@ def _read_widths(model: PreTrainedModel, architecture: Architecture) -> Widths:
                 num_key_value_heads=getattr(own, "num_key_value_heads", None) or heads,
                 # GPT-2 writes None for four times the hidden size.
                 intermediate_size=size or 4 * config.hidden_size,
+                attention="attention" not in skipped,
+                mlp="mlp" not in skipped,
             )
         )
     return Widths(hidden_size=config.hidden_size, layers=tuple(layers))
