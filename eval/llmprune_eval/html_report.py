@@ -21,7 +21,7 @@ from llmprune_eval.measured_sections import (
 )
 from llmprune_eval.page import absent, folded, page, paragraph, section, table
 from llmprune_eval.perplexity import paired_ratio
-from llmprune_eval.pictures.kept_units import kept_model
+from llmprune_eval.pictures.kept_units import KIND_NAMES, kept_model
 from llmprune_eval.report import COLUMNS, figure_notes, figure_rows
 from llmprune_eval.report_sections import kept_section, scores_section
 from llmprune_eval.rivals import BlockOfRivals, read_comparison
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llmprune_eval.report import EvalReport
 
 REPORT_PAGE = "report.html"
-_BY = "\N{MULTIPLICATION SIGN}"
+_TO, _MINUS = "\N{RIGHTWARDS ARROW}", "\N{MINUS SIGN}"
 _METHODS = {"sequential_attention": "SequentialAttention++"}
 
 
@@ -68,11 +68,11 @@ def report_html(run: RunRecord, blocks: Sequence[BlockOfRivals] = ()) -> str:
             element("h1", f"{run.name}, pruned"),
             element("p", *_lead(run), class_="lead"),
             _tiles(run.report),
-            _figures_section(run.report),
             kept_section(run),
-            scores_section(run),
+            _figures_section(run.report),
             perplexity_section(run, blocks),
             latency_section(run),
+            scores_section(run),
             training_section(run),
             samples_section(run),
             _repeat_section(run),
@@ -103,7 +103,7 @@ def _lead(run: RunRecord) -> list[str]:
         return [share, f" removed by {method}{after}."]
     if run.plan is not None:
         counts = kept_model(run.plan).counts().items()
-        gone = [f"{t - k:,} of {t:,} {kind.replace('_', ' ')}" for kind, (k, t) in counts if k < t]
+        gone = [f"{t - k:,} of {t:,} {KIND_NAMES[kind]}" for kind, (k, t) in counts if k < t]
         what = ", ".join(gone) or "nothing"
         return [element("strong", what), f" removed by {method}{after}."]
     return [f"A run of {method} that has not chosen yet."]
@@ -113,38 +113,40 @@ def _tiles(report: EvalReport | None) -> Markup:
     """The figures that one looks for first."""
     if report is None:
         return join([])
-    tiles = [_size_tile(report)]
+    dense, pruned = report.dense.parameters, report.pruned.parameters
+    values = f"{dense / 1e6:.1f} {_TO} {pruned / 1e6:.1f} M"
+    tiles = [_tile("parameters", pruned / dense, values)]
     for text in report.perplexities[:2]:
-        values = f"{text.dense.value:.2f} → {text.pruned.value:.2f}"
+        values = f"{text.dense.value:.2f} {_TO} {text.pruned.value:.2f}"
         ratio = paired_ratio(text.dense, text.pruned)
-        tiles.append(_tile(f"perplexity, {text.name}", values, _times(ratio)))
+        tiles.append(_tile(f"perplexity, {text.name}", ratio.value, values, _interval(ratio)))
     if report.speed is not None:
         for phase, ratio in vars(report.speed.ratios["pruned"]).items():
             times = [getattr(report.speed.models[m], phase).median_ms for m in ("dense", "pruned")]
-            values = f"{times[0]:.1f} → {times[1]:.1f} ms"
-            tiles.append(_tile(f"{phase} time", values, _times(ratio)))
+            values = f"{times[0]:.1f} {_TO} {times[1]:.1f} ms"
+            tiles.append(_tile(f"{phase} time", ratio.value, values, _interval(ratio)))
     return element("ul", *tiles, class_="tiles")
 
 
-def _size_tile(report: EvalReport) -> Markup:
-    dense, pruned = report.dense.parameters, report.pruned.parameters
-    values = f"{dense / 1e6:.1f} → {pruned / 1e6:.1f} M"
-    return _tile("parameters", values, f"{_BY} {pruned / dense:.3f}")
-
-
-def _tile(what: str, value: str, below: str) -> Markup:
+def _tile(what: str, ratio: float, *below: str) -> Markup:
     return element(
         "li",
         element("span", what, class_="what"),
-        element("span", value, class_="value"),
-        element("span", below, class_="from"),
+        element("span", _change(ratio), class_="value"),
+        *(element("span", words, class_="from") for words in below),
     )
 
 
-def _times(ratio: Ratio) -> str:
-    text = f"{_BY} {ratio.value:.3f}"
-    if ratio.low is not None and ratio.high is not None:
-        text += f" ({ratio.low:.3f} to {ratio.high:.3f})"
+def _change(ratio: float) -> str:
+    """A ratio as what is added or taken away."""
+    percent = f"{100 * (ratio - 1):+.1f} %"
+    return percent.replace("-", _MINUS)
+
+
+def _interval(ratio: Ratio) -> str:
+    if ratio.low is None or ratio.high is None:
+        return "not conclusive"
+    text = f"95 %: {_change(ratio.low)} to {_change(ratio.high)}".replace(" % to", " to")
     return text if ratio.conclusive else f"{text}, not conclusive"
 
 
@@ -153,7 +155,7 @@ def _figures_section(report: EvalReport | None) -> Markup:
     if report is None:
         return section(heading, absent("Nothing was measured in this run yet."))
     notes = element("ul", *(element("li", note) for note in figure_notes(report)), class_="note")
-    return section(heading, table("Both models", COLUMNS, figure_rows(report)), notes)
+    return section(heading, table("Figures of both models", COLUMNS, figure_rows(report)), notes)
 
 
 def _repeat_section(run: RunRecord) -> Markup:
@@ -181,7 +183,7 @@ def _repeat_section(run: RunRecord) -> Markup:
 
 
 def _facts(caption: str, rows: Sequence[tuple[str, str]]) -> Markup:
-    return element("div", table(caption, ("", ""), rows), class_="facts")
+    return element("div", table(caption, (), rows), class_="facts")
 
 
 def run_facts(run: RunRecord) -> list[tuple[str, str]]:

@@ -113,7 +113,7 @@ _RIVALS_NOTE = (
 def _point(rival: Rival) -> Point:
     name = rival.label.partition(" (")[0].partition(",")[0]
     role: Role = "control" if rival.is_control else "rival"
-    return Point(f"{name} {rival.stage}", rival.parameters, rival.perplexity, role)
+    return Point(f"{name} {rival.stage}", rival.parameters, rival.perplexity, role, method=name)
 
 
 def _row(
@@ -211,6 +211,12 @@ def training_section(run: RunRecord) -> Markup:
         return section(heading, absent("This run has no log: nothing was trained in it."))
     kinds = {run.recipe.gates.loss, run.recipe.recovery.loss} if run.losses else set()
     note = f"Faint: every step; line: running median. Loss: {', '.join(sorted(kinds))}."
+    first, last = run.recipe.gates.temperature
+    if "gates" in run.losses and last > first:
+        note += (
+            f" The temperature of the gates rises from {first:g} to {last:g}: they close harder, "
+            "and the loss of the calibration may rise."
+        )
     parts = [side_by_side(cells)]
     if rows:
         head = ("", "steps", "first", "last", "lowest step")

@@ -37,18 +37,27 @@ def absent(sentence: str) -> Markup:
     return paragraph(sentence, class_="absent")
 
 
-def table(caption: str, head: Cells, rows: Sequence[Cells], *, row_heads: bool = True) -> Markup:
-    """A table; all columns but the first are figures and lean to the right."""
-    first = element("tr", *(element("th", cell, scope="col") for cell in head))
-    lines = []
-    for row in rows:
-        lead = element("th", row[0], scope="row") if row_heads else element("td", row[0])
-        lines.append(element("tr", lead, *(element("td", cell) for cell in row[1:])))
-    inside = [
-        element("caption", caption),
-        element("thead", first),
-        element("tbody", *lines),
+def table(caption: str, head: Cells, rows: Sequence[Cells]) -> Markup:
+    """A table, its first column heading the rows; all other columns are figures.
+
+    Args:
+        caption: What it holds.
+        head: Of the columns; empty where there are only facts to name.
+        rows: As many cells each.
+    """
+    inside = [element("caption", caption)]
+    if head:
+        heads = (element("th", cell, scope="col") for cell in head)
+        inside.append(element("thead", element("tr", *heads)))
+    lines = [
+        element(
+            "tr",
+            element("th", row[0], scope="row"),
+            *(element("td", cell) for cell in row[1:]),
+        )
+        for row in rows
     ]
+    inside.append(element("tbody", *lines))
     # a table wider than a phone is scrolled by itself, with the keyboard, too
     return element(
         "div",

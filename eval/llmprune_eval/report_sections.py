@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llmprune.weight_blocks import BlockPlan
+from llmprune_eval.markup import element, join
 from llmprune_eval.page import (
     absent,
     figure,
@@ -19,7 +20,7 @@ from llmprune_eval.page import (
 )
 from llmprune_eval.pictures.axes import number
 from llmprune_eval.pictures.block_map import block_map, blocked_kinds
-from llmprune_eval.pictures.kept_units import KeptModel, kept_model
+from llmprune_eval.pictures.kept_units import KIND_NAMES, KeptModel, kept_model
 from llmprune_eval.pictures.model_map import model_map
 from llmprune_eval.pictures.score_map import (
     ScoredGroup,
@@ -52,7 +53,7 @@ def kept_section(run: RunRecord) -> Markup:
 
 def _kept_units(model: KeptModel) -> list[Markup]:
     rows = [
-        (kind.replace("_", " "), f"{kept:,}", f"{total:,}", f"{1 - kept / total:.1%}")
+        (KIND_NAMES[kind], f"{kept:,}", f"{total:,}", f"{1 - kept / total:.1%}")
         for kind, (kept, total) in model.counts().items()
     ]
     caption = (
@@ -60,9 +61,9 @@ def _kept_units(model: KeptModel) -> list[Markup]:
         "outlined: removed; an empty frame with a stroke: the whole sublayer is gone."
     )
     return [
-        table("Units by kind", ("kind", "kept", "of", "removed"), rows),
         legend([("kept", "kept"), ("removed", "removed")]),
         figure(partial(model_map, model), caption, folded("Layer by layer", _layers(model))),
+        table("Units by kind", ("kind", "kept", "of", "removed"), rows),
     ]
 
 
@@ -156,13 +157,13 @@ def _how_scored(run: RunRecord, scores: UnitScores) -> str:
 
 
 def _scores_of(kind: str, groups: tuple[ScoredGroup, ...]) -> Markup:
-    words = kind.replace("_", " ")
+    words = KIND_NAMES.get(kind, kind)
     draw = partial(score_map, words, groups)
     if len(groups) == 1 and len(groups[0].scores) > _MANY:
         draw = partial(sorted_curve, words, groups[0])
     across = sum(group.num_across for group in groups)
     units = sum(len(group.scores) for group in groups)
-    caption = f"{words}: scores, the line is the cut."
+    caption = "Higher stays."
     if across:
         caption += (
             f" {across:,} of {units:,} units went although they score above it: units leave in "
@@ -171,7 +172,9 @@ def _scores_of(kind: str, groups: tuple[ScoredGroup, ...]) -> Markup:
     rows = [_score_row(group, len(groups) == 1) for group in groups]
     head = ("layer", "kept", "of", "lowest", "median", "highest", "cut")
     figures = table(f"Scores of {words}", head, rows)
-    return figure(draw, caption, folded(f"Figures of {words}", figures))
+    return join(
+        [element("h3", words), figure(draw, caption, folded(f"Figures of {words}", figures))]
+    )
 
 
 def _score_row(group: ScoredGroup, is_only: bool) -> tuple[str, ...]:

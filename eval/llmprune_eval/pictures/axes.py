@@ -152,6 +152,17 @@ def bottom_axis(
     return join(parts)
 
 
+def numbered_columns(count: int, left: float, right: float, y: float, words: str) -> Markup:
+    """Numbers from 0 under columns of equal width, as many as there is room for."""
+    pitch = (right - left) / count
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if s * pitch >= 20 or s >= count)
+    numbers = [
+        text(left + (index + 0.5) * pitch, y + 15, str(index), anchor="middle")
+        for index in range(0, count, step)
+    ]
+    return join([*numbers, text((left + right) / 2, y + 32, words, anchor="middle")])
+
+
 def picture(width: float, height: float, label: str, *parts: Markup) -> Markup:
     """An SVG picture; `label` is what a screen reader says in its place."""
     box = f"0 0 {width:g} {height:g}"

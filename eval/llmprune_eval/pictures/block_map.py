@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmprune_eval.markup import Markup, element
-from llmprune_eval.pictures.axes import Scale, bottom_axis, picture, rect, text
+from llmprune_eval.pictures.axes import numbered_columns, picture, rect, text
 
 if TYPE_CHECKING:
     from llmprune.weight_blocks import BlockPlan
@@ -82,8 +82,7 @@ def block_map(kind: BlockedKind, width: int) -> Markup:
         parts.append(element("g", element("title", density), *shares))
     bottom = top + len(cells[0]) * height
     frame = rect(left - 1, top - 1, width - left, bottom - top + 2, "frame")
-    scale = Scale(0.0, float(len(cells)), left, float(width) - 2)
-    axis = bottom_axis(scale, bottom + 1, "layer")
+    axis = numbered_columns(len(cells), left, float(width) - 2, bottom + 1, "layer")
     side = text(0, 0, "input features", anchor="middle")
     turned = element("g", side, transform=f"translate(8 {(top + bottom) / 2:.0f}) rotate(-90)")
     label = (

@@ -54,7 +54,7 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 
 def _steps(first: int, last: int, width: int) -> Scale:
-    return Scale(float(first), float(last), 46.0, float(width) - 8)
+    return Scale(float(first), float(last), 46.0, float(width) - 16)
 
 
 def _plot(width: int, x: Scale, y: Scale, label: str, *curves: Markup) -> Markup:

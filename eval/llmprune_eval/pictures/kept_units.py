@@ -11,6 +11,16 @@ from llmprune.recipe import UNIT_KINDS, UnitKind
 if TYPE_CHECKING:
     from llmprune.plan import PrunePlan
 
+KIND_NAMES: dict[str, str] = {
+    "heads": "query heads",
+    "kv_groups": "KV groups",
+    "mlp_channels": "MLP channels",
+    "hidden_channels": "hidden channels",
+    "attention_sublayers": "attention sublayers",
+    "mlp_sublayers": "MLP sublayers",
+    "layers": "layers",
+}
+
 
 @dataclass(frozen=True)
 class KeptUnits:

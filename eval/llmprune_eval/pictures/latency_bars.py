@@ -25,7 +25,7 @@ class Bar:
 
 def latency_bars(name: str, bars: Sequence[Bar], width: int) -> Markup:
     """Horizontal bars from 0, with whiskers over the spread and the value at the end."""
-    left, right = 78.0, float(width) - 66
+    left, right = 78.0, float(width) - 76
     longest = max(bar.high or bar.value for bar in bars)
     scale = Scale(0.0, longest, left, right)
     bottom = 6 + len(bars) * (_BAR + _GAP)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmprune_eval.markup import Markup, element, join
-from llmprune_eval.pictures.axes import Scale, left_axis, line, picture, rect, text
+from llmprune_eval.pictures.axes import (
+    Scale,
+    left_axis,
+    line,
+    numbered_columns,
+    picture,
+    rect,
+    text,
+)
 from llmprune_eval.pictures.kept_units import KeptModel, KeptUnits
 
 _MLP_HEIGHT = 130.0
@@ -19,7 +27,7 @@ def model_map(model: KeptModel, width: int) -> Markup:
     heads, top = _heads(model, columns, 22.0)
     channels, top = _channels(model, columns, top + 34.0)
     parts = [text(0, 12, "attention: query heads in their KV groups", class_="strip"), heads]
-    parts += [channels, _layer_numbers(columns, top)]
+    parts += [channels, numbered_columns(columns.count, columns.left, columns.right, top, "layer")]
     top += 34
     if not all(model.hidden_channels):
         strip, top = _strip(model.hidden_channels, columns, top + 26)
@@ -98,16 +106,6 @@ def _gone(x: float, y: float, width: float, height: float, words: str) -> Markup
     if width > 4:
         strokes.append(line(x, y + height, x + width, y, "gone"))
     return element("g", element("title", words), *strokes)
-
-
-def _layer_numbers(columns: _Columns, top: float) -> Markup:
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if s * columns.pitch >= 20)
-    numbers = [
-        text(columns.x(index) + columns.width / 2, top + 15, str(index), anchor="middle")
-        for index in range(0, columns.count, step)
-    ]
-    middle = (columns.left + columns.right) / 2
-    return join([*numbers, text(middle, top + 32, "layer", anchor="middle")])
 
 
 def _strip(mask: Sequence[bool], columns: _Columns, top: float) -> tuple[Markup, float]:

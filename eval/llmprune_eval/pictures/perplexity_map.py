@@ -29,6 +29,10 @@ FARTHEST = 6.0
 _LABEL_GAP = 15.0
 # Two models are of one size where their parameters differ by less than this share.
 _SAME_SIZE = 0.03
+# Pixels from which on there is room for models of other sizes.
+_ROOMY = 500
+# Names stand right of points that are left of this share of the width.
+_RIGHT_SIDE = 0.62
 
 Role = Literal["dense", "run", "rival", "control"]
 
@@ -43,6 +47,7 @@ class Point:
         perplexity: On the text of the picture.
         role: Which of the picture's models it is.
         interval: Ends of the perplexity's 95 % interval against the dense model's.
+        method: Of a rival: which of its figures belong together.
     """
 
     label: str
@@ -50,6 +55,7 @@ class Point:
     perplexity: float
     role: Role
     interval: tuple[float, float] | None = None
+    method: str = ""
 
 
 def perplexity_map(points: Sequence[Point], width: int) -> Markup:
@@ -57,24 +63,39 @@ def perplexity_map(points: Sequence[Point], width: int) -> Markup:
     dense = next(point for point in points if point.role == "dense")
     run = next(point for point in points if point.role == "run")
     near = drawn(points)
+    if width < _ROOMY:
+        # there is room for the names of one size only
+        near = [point for point in near if point is dense or _is_near(point, run)]
     ends = [end for point in near for end in (point.interval or ())]
     left, right, top, bottom = 46.0, float(width) - 10, 10.0, _HEIGHT
-    spans = padded([p.perplexity for p in near] + ends, 0.08, is_log=True)
+    spans = padded([p.perplexity for p in near] + ends, 0.14, is_log=True)
     y = Scale(*spans, bottom, top, is_log=True)
     x = Scale(*padded([p.parameters for p in near], 0.12), left, right)
     parts = [left_axis(y, left, right, most=7)]
-    parts.append(bottom_axis(x, bottom, "parameters", most=4 if width < 500 else 7))
+    parts.append(bottom_axis(x, bottom, "parameters", most=4 if width < _ROOMY else 7))
     level = y(dense.perplexity)
     parts.append(line(left, level, right, level, "reference"))
+    named = _named(near, run)
+    parts.append(_labels(named, x, y, (left, right)))
     parts += [_mark(point, x, y) for point in sorted(near, key=_depth)]
-    labelled = [p for p in near if p.role != "control" and (p is dense or _is_near(p, run))]
-    parts.append(_labels(labelled, x, y, left, right))
+    parts.append(_dense_label(dense, x, y, right))
     label = (
         f"Perplexity against parameters: dense {dense.perplexity:.2f} at "
         f"{dense.parameters / 1e6:.1f} M, this run {run.perplexity:.2f} at "
         f"{run.parameters / 1e6:.1f} M, {len(near) - 2} others; the table has every number"
     )
     return picture(width, bottom + 40, label, *parts)
+
+
+def _named(points: Sequence[Point], run: Point) -> list[Point]:
+    """This run, and of every method of about its size the best figure."""
+    best: dict[str, Point] = {}
+    for point in points:
+        if point.role == "rival" and _is_near(point, run):
+            other = best.get(point.method)
+            if other is None or point.perplexity < other.perplexity:
+                best[point.method] = point
+    return [run, *best.values()]
 
 
 def drawn(points: Sequence[Point]) -> list[Point]:
@@ -111,32 +132,27 @@ def _mark(point: Point, x: Scale, y: Scale) -> Markup:
     return element("g", *parts)
 
 
-def _labels(points: Sequence[Point], x: Scale, y: Scale, left: float, right: float) -> Markup:
-    """Names beside their points, pushed apart, each on the side that has more room."""
+def _labels(points: Sequence[Point], x: Scale, y: Scale, edges: tuple[float, float]) -> Markup:
+    """A column of names beside points of about one size, pushed apart, on the roomier side."""
+    ordered = sorted(points, key=lambda point: y(point.perplexity))
+    wanted = [y(point.perplexity) for point in ordered]
+    places = spread_out(wanted, _LABEL_GAP, y.stop + 4, y.start - 6)
+    pixels = [x(point.parameters) for point in ordered]
+    is_right = max(pixels) < edges[0] + _RIGHT_SIDE * (edges[1] - edges[0])
+    side: Anchor = "start" if is_right else "end"
+    column = max(pixels) + 34 if is_right else min(pixels) - 34
+    room = edges[1] - column if is_right else column - edges[0]
     parts = []
-    sides: tuple[Anchor, ...] = ("start", "end")
-    for side in sides:
-        mine = [p for p in points if _side(x(p.parameters), left, right) == side]
-        mine.sort(key=lambda p: y(p.perplexity))
-        wanted = [y(p.perplexity) for p in mine]
-        places = spread_out(wanted, _LABEL_GAP, y.stop + 4, y.start - 6)
-        if not mine:
-            continue
-        # one column of names for all points of about one size
-        edges = [x(p.parameters) for p in mine]
-        column = max(edges) + 26 if side == "start" else min(edges) - 14
-        room = (right - column if side == "start" else column - left) + 4
-        for point, height, place in zip(mine, wanted, places, strict=True):
-            words = shortened(f"{point.label}, {point.perplexity:.2f}", room)
-            at, toward = x(point.parameters), 1 if side == "start" else -1
-            parts.append(line(at + toward * 7, height, column - toward * 4, place, "leader"))
-            parts.append(text(column, place + 4, words, anchor=side, class_=_face(point)))
+    for point, at, height, place in zip(ordered, pixels, wanted, places, strict=True):
+        # the figure first: what is cut off a phone's screen is the name
+        words = shortened(f"{point.perplexity:.2f} {point.label}", room)
+        face = "strong" if point.role == "run" else None
+        parts.append(line(at, height, column + (-4 if is_right else 4), place, "leader"))
+        parts.append(text(column, place + 4, words, anchor=side, class_=face))
     return join(parts)
 
 
-def _side(at: float, left: float, right: float) -> Anchor:
-    return "start" if at < (left + right) / 2 else "end"
-
-
-def _face(point: Point) -> str | None:
-    return "strong" if point.role in ("run", "dense") else None
+def _dense_label(dense: Point, x: Scale, y: Scale, right: float) -> Markup:
+    at = min(x(dense.parameters) + 6, right)
+    words = f"{dense.perplexity:.2f} dense"
+    return text(at, y(dense.perplexity) + 20, words, anchor="end", class_="strong")

@@ -16,6 +16,7 @@ from llmprune_eval.pictures.axes import (
     dot,
     left_axis,
     line,
+    numbered_columns,
     path,
     picture,
     rect,
@@ -139,7 +140,7 @@ def score_map(kind: str, groups: Sequence[ScoredGroup], width: int) -> Markup:
             parts.append(line(x - pitch / 2, y, x + pitch / 2, y, "cut"))
     if len({len(group.scores) for group in groups}) == 1 and len(groups[0].scores) == 1:
         parts.append(_one_cut(groups, scale, left, right))
-    parts.append(bottom_axis(Scale(0.0, float(count), left, right), bottom, "layer"))
+    parts.append(numbered_columns(count, left, right, bottom, "layer"))
     kept = sum(sum(group.keep_mask) for group in groups)
     total = sum(len(group.keep_mask) for group in groups)
     label = f"Scores of {kind}, layer by layer, with the cut: {kept:,} of {total:,} units stay"
@@ -215,7 +216,7 @@ def sorted_curve(kind: str, group: ScoredGroup, width: int) -> Markup:
     """The scores of one large group from the highest to the lowest, with the cut."""
     scale = score_scale([group])
     left, right, bottom = 46.0, float(width) - 2, _HEIGHT + 8
-    across = Scale(0.0, float(len(group.scores)), left, right)
+    across = Scale(0.0, float(len(group.scores)), left, right - 14)
     order = sorted(group.scores, reverse=True)
     parts = [left_axis(scale, left, right, most=5)]
     parts.append(path([(across(i), scale(s)) for i, s in enumerate(order)], "curve pruned"))
