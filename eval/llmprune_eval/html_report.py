@@ -16,10 +16,9 @@ from llmprune_eval.measured_sections import (
     perplexity_section,
     recovery_tokens,
     samples_section,
-    stage_of,
     training_section,
 )
-from llmprune_eval.page import absent, folded, page, paragraph, section, table
+from llmprune_eval.page import absent, folded, page, paragraph, percent, section, table
 from llmprune_eval.perplexity import paired_ratio
 from llmprune_eval.pictures.kept_units import KIND_NAMES, kept_model
 from llmprune_eval.report import COLUMNS, figure_notes, figure_rows
@@ -85,28 +84,33 @@ def report_html(run: RunRecord, blocks: Sequence[BlockOfRivals] = ()) -> str:
 def _lead(run: RunRecord) -> list[str]:
     """What was done, in a sentence."""
     method = _METHODS.get(run.recipe.method, run.recipe.method.replace("_", " "))
-    after = {
-        "recovered": ", then trained",
-        "refit": ", then refitted",
-        "compensated": ", the means of what went left as biases",
-        "cut": "",
-    }[stage_of(run.recipe)]
+    after = _afterwards(run.recipe)
     if isinstance(run.plan, BlockPlan):
-        share = element("strong", f"{1 - run.plan.density:.1%} of the weights of its projections")
-        return [share, f" set to zero in blocks chosen by {method}{after}."]
+        share = percent(1 - run.plan.density)
+        subject = element("strong", f"{share} of the weights of its projections")
+        return [subject, f" set to zero in blocks chosen by {method}{after}."]
     if run.report is not None:
         dense, pruned = run.report.dense, run.report.pruned
-        share = element(
-            "strong",
-            f"{1 - pruned.decoder_parameters / dense.decoder_parameters:.1%} of the decoder",
-        )
-        return [share, f" removed by {method}{after}."]
+        share = percent(1 - pruned.decoder_parameters / dense.decoder_parameters)
+        subject = element("strong", f"{share} of the decoder's parameters")
+        return [subject, f" removed by {method}{after}."]
     if run.plan is not None:
         counts = kept_model(run.plan).counts().items()
         gone = [f"{t - k:,} of {t:,} {KIND_NAMES[kind]}" for kind, (k, t) in counts if k < t]
-        what = ", ".join(gone) or "nothing"
-        return [element("strong", what), f" removed by {method}{after}."]
+        subject = element("strong", ", ".join(gone) or "nothing")
+        return [subject, f" removed by {method}{after}."]
     return [f"A run of {method} that has not chosen yet."]
+
+
+def _afterwards(recipe: Recipe) -> str:
+    """What followed the cut, to end a sentence with."""
+    steps = {
+        "the means of what went left as biases": recipe.compensation == "mean",
+        "refitted": recipe.reconstruction is not None,
+        "trained": recipe.recovery.steps > 0,
+    }
+    done = [words for words, was_done in steps.items() if was_done]
+    return f"; {', '.join(done)}" if done else ""
 
 
 def _tiles(report: EvalReport | None) -> Markup:

@@ -207,8 +207,6 @@ def training_section(run: RunRecord) -> Markup:
     alive = survivors(run)
     if alive:
         cells.append(small_figure(partial(survivor_curve, alive), "units in the running"))
-    if not cells:
-        return section(heading, absent("This run has no log: nothing was trained in it."))
     kinds = {run.recipe.gates.loss, run.recipe.recovery.loss} if run.losses else set()
     note = f"Faint: every step; line: running median. Loss: {', '.join(sorted(kinds))}."
     first, last = run.recipe.gates.temperature
@@ -217,10 +215,12 @@ def training_section(run: RunRecord) -> Markup:
             f" The temperature of the gates rises from {first:g} to {last:g}: they close harder, "
             "and the loss of the calibration may rise."
         )
-    parts = [side_by_side(cells)]
+    parts = [side_by_side(cells)] if cells else []
     if rows:
         head = ("", "steps", "first", "last", "lowest step")
         parts += [paragraph(note, class_="note"), table("Losses, smoothed", head, rows)]
+    else:
+        parts.append(absent("This run has no log: nothing was trained in it, or the log is gone."))
     return section(heading, *parts)
 
 

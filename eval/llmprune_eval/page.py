@@ -106,3 +106,8 @@ def legend(entries: Sequence[tuple[str, str]]) -> Markup:
         )
         items.append(element("li", swatch, words))
     return element("ul", join(items), class_="legend")
+
+
+def percent(share: float) -> str:
+    """A share in per cent."""
+    return f"{100 * share:.1f} %"

@@ -13,6 +13,7 @@ from llmprune_eval.page import (
     folded,
     legend,
     paragraph,
+    percent,
     section,
     side_by_side,
     small_figure,
@@ -53,7 +54,7 @@ def kept_section(run: RunRecord) -> Markup:
 
 def _kept_units(model: KeptModel) -> list[Markup]:
     rows = [
-        (KIND_NAMES[kind], f"{kept:,}", f"{total:,}", f"{1 - kept / total:.1%}")
+        (KIND_NAMES[kind], f"{kept:,}", f"{total:,}", percent(1 - kept / total))
         for kind, (kept, total) in model.counts().items()
     ]
     caption = (
@@ -93,7 +94,7 @@ def _kept_blocks(plan: BlockPlan) -> list[Markup]:
             f"{kind.block[0]} x {kind.block[1]}",
             f"{kind.kept:,}",
             f"{kind.total:,}",
-            f"{kind.kept / kind.total:.1%}",
+            percent(kind.kept / kind.total),
         )
         for kind in kinds
     ]
@@ -105,8 +106,8 @@ def _kept_blocks(plan: BlockPlan) -> list[Markup]:
     names = ("layer", *(kind.name for kind in kinds))
     return [
         paragraph(
-            f"The model keeps its shape; {plan.density:.1%} of the weights of these projections "
-            "stay, in blocks, and the rest are zero."
+            f"The model keeps its shape; {percent(plan.density)} of the weights of these "
+            "projections stay, in blocks, and the rest are zero."
         ),
         table("Blocks by kind of projection", head, rows),
         side_by_side([small_figure(partial(block_map, kind), kind.name) for kind in kinds]),
@@ -120,7 +121,7 @@ def _kept_blocks(plan: BlockPlan) -> list[Markup]:
 
 
 def _density(densities: Sequence[float], index: int) -> str:
-    return f"{densities[index]:.1%}" if index < len(densities) else ""
+    return percent(densities[index]) if index < len(densities) else ""
 
 
 def scores_section(run: RunRecord) -> Markup:

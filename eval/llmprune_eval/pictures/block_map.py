@@ -78,7 +78,7 @@ def block_map(kind: BlockedKind, width: int) -> Markup:
             for place, share in enumerate(row)
             if share
         ]
-        density = f"layer {index}: {kind.densities()[index]:.1%} of the blocks kept"
+        density = f"layer {index}: {kind.densities()[index]:.3f} of the blocks kept"
         parts.append(element("g", element("title", density), *shares))
     bottom = top + len(cells[0]) * height
     frame = rect(left - 1, top - 1, width - left, bottom - top + 2, "frame")
@@ -87,7 +87,7 @@ def block_map(kind: BlockedKind, width: int) -> Markup:
     turned = element("g", side, transform=f"translate(8 {(top + bottom) / 2:.0f}) rotate(-90)")
     label = (
         f"{kind.name}: share of the blocks kept in every block column of {len(cells)} layers; "
-        f"{kind.kept / kind.total:.1%} in all"
+        f"{kind.kept / kind.total:.3f} in all"
     )
     return picture(width, bottom + 42, label, frame, *parts, axis, turned)
 

@@ -25,7 +25,7 @@ from llmprune_eval.pictures.axes import (
 
 _HEIGHT = 300.0
 # Perplexities above this many times the dense model's are named in the table, not drawn.
-FARTHEST = 6.0
+FARTHEST = 4.0
 _LABEL_GAP = 15.0
 # Two models are of one size where their parameters differ by less than this share.
 _SAME_SIZE = 0.03
@@ -122,10 +122,11 @@ def _mark(point: Point, x: Scale, y: Scale) -> Markup:
     if point.interval:
         low, high = (y(end) for end in point.interval)
         parts.append(line(at, low, at, high, "whisker"))
+        parts += [line(at - 4, end, at + 4, end, "whisker") for end in (low, high)]
     if point.role == "dense":
         parts.append(rect(at - 5, height - 5, 10, 10, "dense"))
     elif point.role == "run":
-        corners = [(at, height - 8), (at + 8, height), (at, height + 8), (at - 8, height)]
+        corners = [(at, height - 6.5), (at + 6.5, height), (at, height + 6.5), (at - 6.5, height)]
         parts.append(path(corners, "pruned", closed=True))
     else:
         parts.append(dot(at, height, 4.5, "rival" if point.role == "rival" else "control"))
