@@ -88,29 +88,29 @@ def _lead(run: RunRecord) -> list[str]:
     if isinstance(run.plan, BlockPlan):
         share = percent(1 - run.plan.density)
         subject = element("strong", f"{share} of the weights of its projections")
-        return [subject, f" set to zero in blocks chosen by {method}{after}."]
+        return [subject, f" set to zero in blocks chosen by {method}.{after}"]
     if run.report is not None:
         dense, pruned = run.report.dense, run.report.pruned
         share = percent(1 - pruned.decoder_parameters / dense.decoder_parameters)
         subject = element("strong", f"{share} of the decoder's parameters")
-        return [subject, f" removed by {method}{after}."]
+        return [subject, f" removed by {method}.{after}"]
     if run.plan is not None:
         counts = kept_model(run.plan).counts().items()
         gone = [f"{t - k:,} of {t:,} {KIND_NAMES[kind]}" for kind, (k, t) in counts if k < t]
         subject = element("strong", ", ".join(gone) or "nothing")
-        return [subject, f" removed by {method}{after}."]
+        return [subject, f" removed by {method}.{after}"]
     return [f"A run of {method} that has not chosen yet."]
 
 
 def _afterwards(recipe: Recipe) -> str:
-    """What followed the cut, to end a sentence with."""
+    """What followed the cut, a sentence."""
     steps = {
-        "the means of what went left as biases": recipe.compensation == "mean",
-        "refitted": recipe.reconstruction is not None,
-        "trained": recipe.recovery.steps > 0,
+        "the means of what went stay as biases": recipe.compensation == "mean",
+        "least-squares refit": recipe.reconstruction is not None,
+        "recovery training": recipe.recovery.steps > 0,
     }
     done = [words for words, was_done in steps.items() if was_done]
-    return f"; {', '.join(done)}" if done else ""
+    return f" After the cut: {', '.join(done)}." if done else ""
 
 
 def _tiles(report: EvalReport | None) -> Markup:

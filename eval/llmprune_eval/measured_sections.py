@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from llmprune_eval.run_record import RunRecord
     from llmprune_eval.speed import Latency, SpeedReport
 
+_RIVALS_NOTE = (
+    "Compensated: cut, the means of removed units left as biases; refit: least squares after that; "
+    "recovered: trained after that. Only equal stages and equal recovery tokens compare."
+)
 _PHASES = {"gates": "calibration of the gates", "recovery": "recovery"}
 
 
@@ -63,13 +67,12 @@ def _text_parts(
     interval = None
     if ratio.low is not None and ratio.high is not None:
         interval = (ratio.low * text.dense.value, ratio.high * text.dense.value)
-    stage = stage_of(run.recipe)
     points = [
         Point("dense", report.dense.parameters, text.dense.value, "dense"),
         Point("this run", report.pruned.parameters, text.pruned.value, "run", interval),
         *(_point(rival) for rival in rivals),
     ]
-    mark = ", a text of the corpus that calibration used" if text.in_domain else ""
+    mark = ", a text of the corpus that calibration read" if text.in_domain else ""
     caption = (
         f"{text.name}{mark}: {text.dense.num_windows} windows of {text.dense.window} tokens; log "
         "scale, lower is better."
@@ -83,45 +86,40 @@ def _text_parts(
     if rivals:
         marks += [("rival", "other methods"), ("control", "controls")]
     head = ("model", "after the cut", "recovery tokens", "parameters", "perplexity", "/ dense")
-    rows = [
-        _row("dense", "", 0, report.dense.parameters, text.dense.value, text),
-        _row(
-            "this run",
-            stage,
-            recovery_tokens(run.recipe),
-            report.pruned.parameters,
-            text.pruned.value,
-            text,
-        ),
-        *(
-            _row(r.label, r.stage, r.recovery_tokens, r.parameters, r.perplexity, text)
-            for r in rivals
-        ),
-    ]
-    figures = table(f"Perplexity of {text.name}", head, rows)
+    figures = table(f"Perplexity of {text.name}", head, _text_rows(run, report, text, rivals))
     below = folded("Figures of every model", figures) if rivals else figures
     note = [paragraph(_RIVALS_NOTE, class_="note")] if rivals else []
-    return [legend(marks), figure(partial(perplexity_map, points), caption, *note, below)]
+    picture = figure(partial(perplexity_map, points), caption, *note, below)
+    return [element("h3", text.name), legend(marks), picture]
 
 
-_RIVALS_NOTE = (
-    "Compensated: cut, the means of removed units left as biases; refit: least squares after that; "
-    "recovered: trained after that. Only equal stages and equal recovery tokens compare."
-)
+def _text_rows(
+    run: RunRecord, report: EvalReport, text: TextResult, rivals: Sequence[Rival]
+) -> list[tuple[str, ...]]:
+    """The dense model, this run, then the rest: stage, tokens, parameters, perplexity, ratio."""
+    tokens, dense, pruned = recovery_tokens(run.recipe), report.dense, report.pruned
+    found = [
+        ("dense", "", 0, dense.parameters, text.dense.value),
+        ("this run", stage_of(run.recipe), tokens, pruned.parameters, text.pruned.value),
+        *((r.label, r.stage, r.recovery_tokens, r.parameters, r.perplexity) for r in rivals),
+    ]
+    return [
+        (
+            label,
+            stage,
+            f"{tokens:,}" if tokens else "",
+            f"{parameters / 1e6:.2f} M",
+            f"{perplexity:.2f}",
+            f"{perplexity / text.dense.value:.3f}",
+        )
+        for label, stage, tokens, parameters, perplexity in found
+    ]
 
 
 def _point(rival: Rival) -> Point:
     name = rival.label.partition(" (")[0].partition(",")[0]
     role: Role = "control" if rival.is_control else "rival"
     return Point(f"{name} {rival.stage}", rival.parameters, rival.perplexity, role, method=name)
-
-
-def _row(
-    label: str, stage: str, tokens: int, parameters: int, perplexity: float, text: TextResult
-) -> tuple[str, ...]:
-    ratio = f"{perplexity / text.dense.value:.3f}"
-    size = f"{parameters / 1e6:.2f} M"
-    return label, stage, f"{tokens:,}" if tokens else "", size, f"{perplexity:.2f}", ratio
 
 
 def stage_of(recipe: Recipe) -> str:
@@ -181,12 +179,12 @@ def _promise_parts(latency: LatencyResult) -> list[Markup]:
     bars, rows = [], []
     for when, found in (("predicted", latency.predicted), ("measured", latency.measured)):
         for model in ("dense", "pruned"):
-            bars.append(Bar(when, model, found[model]))
+            bars.append(Bar(f"{when}, {model}", model, found[model]))
             rows.append((f"{when}, {model}", f"{found[model]:.1f} ms"))
     name = f"{latency.phase} budget"
     caption = (
         f"The budget of {latency.batch_size} x {latency.context} tokens: predicted by the table "
-        "that the plan was chosen by, and measured again. Grey: dense."
+        "that the plan was chosen by, and measured again."
     )
     cell = small_figure(partial(latency_bars, name, bars), name)
     figures = table("The latency budget", ("", "milliseconds"), rows)

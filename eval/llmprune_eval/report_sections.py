@@ -27,7 +27,6 @@ from llmprune_eval.pictures.score_map import (
     ScoredGroup,
     score_map,
     scored_groups,
-    sorted_curve,
 )
 
 if TYPE_CHECKING:
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
     from llmprune.scores import UnitScores
     from llmprune_eval.markup import Markup
     from llmprune_eval.run_record import RunRecord
-
-# Groups with more units than that have no column of their own: their scores are drawn sorted.
-_MANY = 400
 
 
 def kept_section(run: RunRecord) -> Markup:
@@ -109,13 +105,13 @@ def _kept_blocks(plan: BlockPlan) -> list[Markup]:
             f"The model keeps its shape; {percent(plan.density)} of the weights of these "
             "projections stay, in blocks, and the rest are zero."
         ),
-        table("Blocks by kind of projection", head, rows),
         side_by_side([small_figure(partial(block_map, kind), kind.name) for kind in kinds]),
         paragraph(
             "A column is a layer, a cell a column of blocks (neighbouring input features): the "
             "stronger its colour, the more of its blocks are kept; an empty cell reads nothing.",
             class_="note",
         ),
+        table("Blocks by kind of projection", head, rows),
         folded("Layer by layer", table("Share of the blocks kept in every layer", names, layers)),
     ]
 
@@ -160,8 +156,6 @@ def _how_scored(run: RunRecord, scores: UnitScores) -> str:
 def _scores_of(kind: str, groups: tuple[ScoredGroup, ...]) -> Markup:
     words = KIND_NAMES.get(kind, kind)
     draw = partial(score_map, words, groups)
-    if len(groups) == 1 and len(groups[0].scores) > _MANY:
-        draw = partial(sorted_curve, words, groups[0])
     across = sum(group.num_across for group in groups)
     units = sum(len(group.scores) for group in groups)
     caption = "Higher stays."
@@ -170,7 +164,7 @@ def _scores_of(kind: str, groups: tuple[ScoredGroup, ...]) -> Markup:
             f" {across:,} of {units:,} units went although they score above it: units leave in "
             "whole bundles, in an order, or in rows that choose by themselves."
         )
-    rows = [_score_row(group, len(groups) == 1) for group in groups]
+    rows = [_score_row(group) for group in groups]
     head = ("layer", "kept", "of", "lowest", "median", "highest", "cut")
     figures = table(f"Scores of {words}", head, rows)
     return join(
@@ -178,11 +172,11 @@ def _scores_of(kind: str, groups: tuple[ScoredGroup, ...]) -> Markup:
     )
 
 
-def _score_row(group: ScoredGroup, is_only: bool) -> tuple[str, ...]:
+def _score_row(group: ScoredGroup) -> tuple[str, ...]:
     ordered = sorted(group.scores)
     cut = "" if group.cut is None else number(group.cut)
     return (
-        "all" if is_only else str(group.layer),
+        "all" if group.layer is None else str(group.layer),
         f"{sum(group.keep_mask):,}",
         f"{len(group.keep_mask):,}",
         number(ordered[0]),

@@ -61,9 +61,9 @@ def block_map(kind: BlockedKind, width: int) -> Markup:
     """Layers from left to right, block columns from top to bottom; darker is fuller."""
     columns = torch.stack([mask.float().mean(0) for mask in kind.keep_masks])
     cells = _averaged(columns)
-    left, top = 12.0, 8.0
+    left, top = 2.0, 20.0
     pitch = (width - left - 2) / len(cells)
-    height = min(12.0, max(3.5, 160.0 / len(cells[0])))
+    height = min(20.0, max(3.5, 160.0 / len(cells[0])))
     parts = []
     for index, row in enumerate(cells):
         shares = [
@@ -83,13 +83,12 @@ def block_map(kind: BlockedKind, width: int) -> Markup:
     bottom = top + len(cells[0]) * height
     frame = rect(left - 1, top - 1, width - left, bottom - top + 2, "frame")
     axis = numbered_columns(len(cells), left, float(width) - 2, bottom + 1, "layer")
-    side = text(0, 0, "input features", anchor="middle")
-    turned = element("g", side, transform=f"translate(8 {(top + bottom) / 2:.0f}) rotate(-90)")
+    words = text(0, 12, "input features from top to bottom")
     label = (
         f"{kind.name}: share of the blocks kept in every block column of {len(cells)} layers; "
         f"{kind.kept / kind.total:.3f} in all"
     )
-    return picture(width, bottom + 42, label, frame, *parts, axis, turned)
+    return picture(width, bottom + 42, label, words, frame, *parts, axis)
 
 
 def _averaged(columns: Tensor) -> Sequence[Sequence[float]]:

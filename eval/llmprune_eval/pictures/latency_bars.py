@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmprune_eval.markup import Markup
-from llmprune_eval.pictures.axes import Scale, bottom_axis, line, picture, rect, text
+from llmprune_eval.pictures.axes import CHARACTER, Scale, bottom_axis, line, picture, rect, text
 
 _BAR = 26.0
 _GAP = 12.0
@@ -25,7 +25,8 @@ class Bar:
 
 def latency_bars(name: str, bars: Sequence[Bar], width: int) -> Markup:
     """Horizontal bars from 0, with whiskers over the spread and the value at the end."""
-    left, right = 78.0, float(width) - 76
+    left = 22 + CHARACTER * max(len(bar.label) for bar in bars)
+    right = float(width) - 76
     longest = max(bar.high or bar.value for bar in bars)
     scale = Scale(0.0, longest, left, right)
     bottom = 6 + len(bars) * (_BAR + _GAP)

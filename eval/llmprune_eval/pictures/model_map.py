@@ -12,6 +12,7 @@ from llmprune_eval.pictures.axes import (
     numbered_columns,
     picture,
     rect,
+    rects,
     text,
 )
 from llmprune_eval.pictures.kept_units import KeptModel, KeptUnits
@@ -64,15 +65,21 @@ def _heads(model: KeptModel, columns: _Columns, top: float) -> tuple[Markup, flo
         if not layer.attention:
             parts.append(_gone(x, top, columns.width, tallest, f"layer {index}: no attention"))
             continue
-        cells = []
+        boxes: dict[bool, list[tuple[float, float, float, float]]] = {True: [], False: []}
         for y, kept in zip(_head_tops(layer, cell), layer.heads, strict=True):
-            class_ = "kept" if kept else "removed"
-            cells.append(rect(x, top + y, columns.width, cell - 1.2, class_, rx="1.5"))
+            boxes[kept].append((x, top + y, columns.width, cell - 1.2))
         words = (
             f"layer {index}: {sum(layer.heads)} of {len(layer.heads)} heads, "
             f"{sum(layer.kv_groups)} of {len(layer.kv_groups)} KV groups"
         )
-        parts.append(element("g", element("title", words), *cells))
+        parts.append(
+            element(
+                "g",
+                element("title", words),
+                rects(boxes[False], "removed"),
+                rects(boxes[True], "kept"),
+            )
+        )
     return join(parts), top + tallest
 
 

@@ -23,7 +23,8 @@ from llmprune_eval.pictures.axes import (
     text,
 )
 
-_HEIGHT = 300.0
+# Without others beside it a run needs less room.
+_HEIGHT, _LOW_HEIGHT = 300.0, 180.0
 # Perplexities above this many times the dense model's are named in the table, not drawn.
 FARTHEST = 4.0
 _LABEL_GAP = 15.0
@@ -67,10 +68,15 @@ def perplexity_map(points: Sequence[Point], width: int) -> Markup:
         # there is room for the names of one size only
         near = [point for point in near if point is dense or _is_near(point, run)]
     ends = [end for point in near for end in (point.interval or ())]
-    left, right, top, bottom = 46.0, float(width) - 10, 10.0, _HEIGHT
+    left, right, top, bottom = (
+        46.0,
+        float(width) - 10,
+        10.0,
+        _HEIGHT if len(near) > 2 else _LOW_HEIGHT,
+    )
     spans = padded([p.perplexity for p in near] + ends, 0.14, is_log=True)
     y = Scale(*spans, bottom, top, is_log=True)
-    x = Scale(*padded([p.parameters for p in near], 0.12), left, right)
+    x = Scale(*padded([p.parameters for p in near], 0.12), left, right - 14)
     parts = [left_axis(y, left, right, most=7)]
     parts.append(bottom_axis(x, bottom, "parameters", most=4 if width < _ROOMY else 7))
     level = y(dense.perplexity)

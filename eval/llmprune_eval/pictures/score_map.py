@@ -19,7 +19,7 @@ from llmprune_eval.pictures.axes import (
     numbered_columns,
     path,
     picture,
-    rect,
+    rects,
 )
 from llmprune_eval.pictures.kept_units import KeptModel, kept_model
 
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from llmprune.scores import UnitScores
     from llmprune.weight_blocks import BlockPlan
 
-_HEIGHT = 190.0
+_LEFT, _TOP, _BOTTOM = 46.0, 8.0, 198.0
 # Up to so many units of a group are drawn one by one.
 _FEW = 16
+# Of a kind of the whole model, up to so many units have a column each.
+_COLUMNS = 64
 # Height of a histogram's bins in all.
 _BINS = 36
 # Scores that span more than this factor are shown on a log scale.
@@ -41,12 +43,12 @@ class ScoredGroup:
     """The scores of one unit group and who of it stays.
 
     Attributes:
-        layer: Where it is.
+        layer: Where it is; None for a kind of the whole model.
         scores: One a unit, higher stays.
         keep_mask: True = stays.
     """
 
-    layer: int
+    layer: int | None
     scores: tuple[float, ...]
     keep_mask: tuple[bool, ...]
 
@@ -100,7 +102,8 @@ def _unit_groups(scores: UnitScores, plan: PrunePlan) -> list[tuple[str, ScoredG
             values = scores.scores.get(kind if spans else f"layers.{index}.{kind}")
             if values is None or len(values) != len(mask) or _went_whole(model, kind, index):
                 continue
-            found.append((kind, ScoredGroup(index, tuple(values.tolist()), mask)))
+            layer = None if spans else index
+            found.append((kind, ScoredGroup(layer, tuple(values.tolist()), mask)))
     return found
 
 
@@ -125,56 +128,75 @@ def _blocks(scores: UnitScores, plan: BlockPlan) -> list[tuple[str, ScoredGroup]
 
 
 def score_map(kind: str, groups: Sequence[ScoredGroup], width: int) -> Markup:
-    """Scores from bottom to top; a column a layer, or a unit where the kind spans layers."""
-    groups = _as_columns(groups)
+    """Scores from bottom to top, the cut as a line.
+
+    From left to right: the layers; of a kind of the whole model its units, in their order where
+    they are few, else from the best to the worst.
+    """
     scale = score_scale(groups)
-    count = groups[-1].layer + 1
-    left, right, bottom = 46.0, float(width) - 2, _HEIGHT + 8
-    pitch = (right - left) / count
-    parts = [left_axis(scale, left, right, most=5)]
-    for group in groups:
-        x = left + (group.layer + 0.5) * pitch
-        parts.append(_column(group, scale, x, pitch))
-        if group.cut is not None:
-            y = scale(group.cut)
-            parts.append(line(x - pitch / 2, y, x + pitch / 2, y, "cut"))
-    if len({len(group.scores) for group in groups}) == 1 and len(groups[0].scores) == 1:
-        parts.append(_one_cut(groups, scale, left, right))
-    parts.append(numbered_columns(count, left, right, bottom, "layer"))
+    right = float(width) - 2
+    if groups[0].layer is not None:
+        inside = _layers(groups, scale, right)
+    elif len(groups[0].scores) <= _COLUMNS:
+        inside = _units(kind, groups[0], scale, right)
+    else:
+        inside = _sorted_units(groups[0], scale, right)
     kept = sum(sum(group.keep_mask) for group in groups)
     total = sum(len(group.keep_mask) for group in groups)
-    label = f"Scores of {kind}, layer by layer, with the cut: {kept:,} of {total:,} units stay"
-    return picture(width, bottom + 40, label, *parts)
+    label = f"Scores of {kind} with the cut: {kept:,} of {total:,} units stay"
+    axis = left_axis(scale, _LEFT, right, most=5)
+    return picture(width, _BOTTOM + 40, label, axis, inside)
 
 
-def _as_columns(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-    """A kind of the whole model with few units (layers, sublayers): a column for every unit."""
-    only = groups[0]
-    if len(groups) > 1 or len(only.scores) > 400:
-        return list(groups)
-    pairs = zip(only.scores, only.keep_mask, strict=True)
-    return [ScoredGroup(i, (score,), (stays,)) for i, (score, stays) in enumerate(pairs)]
+def _layers(groups: Sequence[ScoredGroup], scale: Scale, right: float) -> Markup:
+    count = max(group.layer or 0 for group in groups) + 1
+    pitch = (right - _LEFT) / count
+    parts = []
+    for group in groups:
+        x = _LEFT + ((group.layer or 0) + 0.5) * pitch
+        parts.append(_column(group, scale, x, pitch))
+        parts.append(_cut(group, scale, x - pitch / 2, x + pitch / 2))
+    return join([*parts, numbered_columns(count, _LEFT, right, _BOTTOM, "layer")])
 
 
-def _one_cut(groups: Sequence[ScoredGroup], scale: Scale, left: float, right: float) -> Markup:
-    """The cut between units that have a column each."""
-    scores = tuple(group.scores[0] for group in groups)
-    cut = ScoredGroup(0, scores, tuple(group.keep_mask[0] for group in groups)).cut
-    return join([] if cut is None else [line(left, scale(cut), right, scale(cut), "cut")])
+def _units(kind: str, group: ScoredGroup, scale: Scale, right: float) -> Markup:
+    pitch = (right - _LEFT) / len(group.scores)
+    pairs = zip(group.scores, group.keep_mask, strict=True)
+    dots = [
+        dot(_LEFT + (unit + 0.5) * pitch, scale(score), 4.0, "kept" if stays else "lost")
+        for unit, (score, stays) in enumerate(pairs)
+    ]
+    words = "layer" if kind.endswith("layers") else "unit"
+    columns = numbered_columns(len(group.scores), _LEFT, right, _BOTTOM, words)
+    return join([*dots, _cut(group, scale, _LEFT, right), columns])
+
+
+def _sorted_units(group: ScoredGroup, scale: Scale, right: float) -> Markup:
+    across = Scale(0.0, float(len(group.scores)), _LEFT, right - 14)
+    order = sorted((score for score in group.scores if math.isfinite(score)), reverse=True)
+    curve = path([(across(i), scale(score)) for i, score in enumerate(order)], "curve pruned")
+    axis = bottom_axis(across, _BOTTOM, "units, best first")
+    return join([curve, _cut(group, scale, _LEFT, right), axis])
+
+
+def _cut(group: ScoredGroup, scale: Scale, left: float, right: float) -> Markup:
+    if group.cut is None:
+        return join([])
+    return line(left, scale(group.cut), right, scale(group.cut), "cut")
 
 
 def score_scale(groups: Sequence[ScoredGroup]) -> Scale:
     """From the lowest to the highest score but for the last thousandth; log where they span far."""
     values = sorted(v for group in groups for v in group.scores if math.isfinite(v))
     if not values:
-        return Scale(0.0, 1.0, _HEIGHT + 8, 8.0)
+        return Scale(0.0, 1.0, _BOTTOM, _TOP)
     edge = len(values) // 1000
     low, high = values[edge], values[-1 - edge]
     is_log = low > 0 and high / low > _WIDE
     if not is_log:
         room = (high - low) * 0.03 or 0.5
         low, high = low - room, high + room
-    return Scale(low, high, _HEIGHT + 8, 8.0, is_log)
+    return Scale(low, high, _BOTTOM, _TOP, is_log)
 
 
 def _column(group: ScoredGroup, scale: Scale, x: float, pitch: float) -> Markup:
@@ -198,31 +220,14 @@ def _histogram(group: ScoredGroup, scale: Scale, x: float, pitch: float) -> list
         index = int((scale.start - scale(score)) / height) if math.isfinite(score) else 0
         bins[stays][min(_BINS - 1, index)] += 1
     most = max(a + b for a, b in zip(bins[True], bins[False], strict=True))
-    found = []
+    boxes: dict[bool, list[tuple[float, float, float, float]]] = {True: [], False: []}
     for index in range(_BINS):
         kept, lost = bins[True][index], bins[False][index]
-        if kept + lost == 0:
-            continue
-        wide = 0.92 * pitch * (kept + lost) / most
-        y, share = scale.start - (index + 1) * height, kept / (kept + lost)
-        if lost:
-            found.append(rect(x - wide / 2, y, wide * (1 - share), height, "lost"))
-        if kept:
-            found.append(rect(x - wide / 2 + wide * (1 - share), y, wide * share, height, "kept"))
-    return found
-
-
-def sorted_curve(kind: str, group: ScoredGroup, width: int) -> Markup:
-    """The scores of one large group from the highest to the lowest, with the cut."""
-    scale = score_scale([group])
-    left, right, bottom = 46.0, float(width) - 2, _HEIGHT + 8
-    across = Scale(0.0, float(len(group.scores)), left, right - 14)
-    order = sorted(group.scores, reverse=True)
-    parts = [left_axis(scale, left, right, most=5)]
-    parts.append(path([(across(i), scale(s)) for i, s in enumerate(order)], "curve pruned"))
-    if group.cut is not None:
-        y = scale(group.cut)
-        parts.append(line(left, y, right, y, "cut"))
-    parts.append(bottom_axis(across, bottom, "units, best first"))
-    label = f"Scores of {kind} from the highest to the lowest, {sum(group.keep_mask):,} stay"
-    return picture(width, bottom + 40, label, *parts)
+        left = x - 0.46 * pitch * (kept + lost) / most
+        y = scale.start - (index + 1) * height
+        for stays, count in ((False, lost), (True, kept)):
+            wide = 0.92 * pitch * count / most
+            if count:
+                boxes[stays].append((left, y, wide, height))
+            left += wide
+    return [rects(boxes[False], "lost"), rects(boxes[True], "kept")]
