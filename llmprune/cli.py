@@ -346,6 +346,22 @@ def push(
     console.print(f"{verb}: {pushed.url}", soft_wrap=True, highlight=False)
 
 
+@app.command()
+def report(
+    folder: FolderArgument,
+    out: Annotated[Path | None, typer.Option(help="The file; default DIR/report.html.")] = None,
+    comparison: Annotated[
+        Path | None,
+        typer.Option("--compare", help="A comparison.json, to set the run against its methods."),
+    ] = None,
+) -> None:
+    """Write one HTML page that shows what a run kept, cost and bought."""
+    from llmprune_eval.html_report import write_report
+
+    file = write_report(folder, out, comparison)
+    console.print(f"wrote {file}", soft_wrap=True)
+
+
 def _command_line() -> str:
     """The command as it was given; of a path outside the working folder only its name."""
     words = ["llmprune"]

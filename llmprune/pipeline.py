@@ -96,8 +96,9 @@ def _evaluate(
     promise: Promise | None,
     watch: Watch,
 ) -> EvalReport:
-    """Measure both models; write report.json and README.md."""
+    """Measure both models; write report.json, README.md and report.html."""
     from llmprune_eval.evaluation import evaluate
+    from llmprune_eval.html_report import write_report
     from llmprune_eval.report import to_markdown
 
     report = evaluate(
@@ -108,10 +109,11 @@ def _evaluate(
         folder=folder.model,
         promise=promise,
         on_progress=watch.on_progress,
-    )
+    ).model_copy(update={"origin": dense.origin})
     save_text(report.to_json(), folder.report)
     save_text(
         run_card(recipe, dense.origin, report.samples, to_markdown(report)),
         folder.file("README.md"),
     )
+    write_report(folder.path)
     return report

@@ -49,7 +49,7 @@ _BINARY = ("*.safetensors", "*.model")
 RUN_FOLDER = "llmprune"
 _NEEDED = ("plan.json", RESULT_FILE, "report.json")
 # A run's scores choose for other budgets; beyond this the Hub would keep a text file as LFS.
-_OPTIONAL = ("scores.json", "priors.json", "latency.json")
+_OPTIONAL = ("report.html", "scores.json", "priors.json", "latency.json")
 _OPTIONAL_BYTES = 10_000_000
 
 Text = TypeVar("Text", bound=TextSource)

@@ -22,7 +22,7 @@ from llmprune_eval.speed import Latency, SpeedReport
 if TYPE_CHECKING:
     from rich.table import Table
 
-_COLUMNS = ("", "dense", "pruned", "pruned / dense")
+COLUMNS = ("", "dense", "pruned", "pruned / dense")
 
 
 class _Part(BaseModel):
@@ -67,7 +67,7 @@ class EvalReport(_Part):
 
     `speed` names its models "dense" and "pruned". `environment` is that of `environment()`;
     `samples` holds a greedy generation of each model; `backends` says what ran its block-sparse
-    layers, and why.
+    layers, and why; `origin` is where the dense model really came from, where that is no path.
     """
 
     environment: dict[str, str | int]
@@ -78,6 +78,7 @@ class EvalReport(_Part):
     latency: LatencyResult | None = None
     samples: dict[str, str] = {}
     backends: tuple[str, ...] = ()
+    origin: str = ""
 
     @model_validator(mode="after")
     def _speed_has_both(self) -> EvalReport:
@@ -127,30 +128,33 @@ def render_table(report: EvalReport) -> Table:
     from rich.table import Table
 
     # No colour of its own: a caption is what one reads to trust the numbers.
-    table = Table(caption="\n".join(_notes(report)), caption_justify="left", caption_style="")
-    table.add_column(_COLUMNS[0])
-    for column in _COLUMNS[1:]:
+    table = Table(caption="\n".join(figure_notes(report)), caption_justify="left", caption_style="")
+    table.add_column(COLUMNS[0])
+    for column in COLUMNS[1:]:
         table.add_column(column, justify="right")
-    for row in _rows(report):
+    for row in figure_rows(report):
         table.add_row(*row)
     return table
 
 
 def to_markdown(report: EvalReport) -> str:
     """The same table and notes as GitHub Markdown."""
-    lines = [_COLUMNS, ("---", "---:", "---:", "---:"), *_rows(report)]
+    lines = [COLUMNS, ("---", "---:", "---:", "---:"), *figure_rows(report)]
     table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
-    return "\n".join([*table, "", *(f"- {note}" for note in _notes(report))]) + "\n"
+    return "\n".join([*table, "", *(f"- {note}" for note in figure_notes(report))]) + "\n"
 
 
-class _Row(NamedTuple):
+class FigureRow(NamedTuple):
+    """One figure of the table, as text."""
+
     label: str
     dense: str
     pruned: str
     ratio: str
 
 
-def _rows(report: EvalReport) -> list[_Row]:
+def figure_rows(report: EvalReport) -> list[FigureRow]:
+    """Every figure, dense beside pruned; what was not measured is left out."""
     dense, pruned = report.dense, report.pruned
     rows = [
         _count_row("parameters", dense.parameters, pruned.parameters, _millions),
@@ -168,14 +172,14 @@ def _rows(report: EvalReport) -> list[_Row]:
     return rows
 
 
-def _perplexity_row(text: TextResult) -> _Row:
+def _perplexity_row(text: TextResult) -> FigureRow:
     mark = " (in-domain)" if text.in_domain else ""
     values = (f"{text.dense.value:.2f}", f"{text.pruned.value:.2f}")
     ratio = _ratio_cell(paired_ratio(text.dense, text.pruned))
-    return _Row(f"perplexity {text.name}{mark}", *values, ratio)
+    return FigureRow(f"perplexity {text.name}{mark}", *values, ratio)
 
 
-def _speed_rows(speed: SpeedReport) -> list[_Row]:
+def _speed_rows(speed: SpeedReport) -> list[FigureRow]:
     dense, pruned, ratios = speed.models["dense"], speed.models["pruned"], speed.ratios["pruned"]
     return [
         _latency_row("prefill", dense.prefill, pruned.prefill, ratios.prefill),
@@ -183,16 +187,16 @@ def _speed_rows(speed: SpeedReport) -> list[_Row]:
     ]
 
 
-def _promise_rows(latency: LatencyResult) -> list[_Row]:
+def _promise_rows(latency: LatencyResult) -> list[FigureRow]:
     promised, again = latency.predicted, latency.measured
     return [
-        _Row(
+        FigureRow(
             f"{latency.phase} budget, predicted",
             f"{promised['dense']:.1f} ms",
             f"{promised['pruned']:.1f} ms",
             f"{promised['pruned'] / promised['dense']:.3f}",
         ),
-        _Row(
+        FigureRow(
             f"{latency.phase} budget, measured",
             f"{again['dense']:.1f} ms",
             f"{again['pruned']:.1f} ms",
@@ -201,21 +205,21 @@ def _promise_rows(latency: LatencyResult) -> list[_Row]:
     ]
 
 
-def _latency_row(label: str, dense: Latency, pruned: Latency, ratio: Ratio) -> _Row:
-    return _Row(
+def _latency_row(label: str, dense: Latency, pruned: Latency, ratio: Ratio) -> FigureRow:
+    return FigureRow(
         label, f"{dense.median_ms:.1f} ms", f"{pruned.median_ms:.1f} ms", _ratio_cell(ratio)
     )
 
 
-def _memory_rows(dense: PeakMemory, pruned: PeakMemory) -> list[_Row]:
+def _memory_rows(dense: PeakMemory, pruned: PeakMemory) -> list[FigureRow]:
     return [
         _count_row("peak memory", dense.peak_bytes, pruned.peak_bytes, _mib),
         _count_row("peak memory, model's share", dense.model_bytes, pruned.model_bytes, _mib),
     ]
 
 
-def _count_row(label: str, dense: int, pruned: int, show: Callable[[int], str]) -> _Row:
-    return _Row(label, show(dense), show(pruned), f"{pruned / dense:.3f}" if dense else "")
+def _count_row(label: str, dense: int, pruned: int, show: Callable[[int], str]) -> FigureRow:
+    return FigureRow(label, show(dense), show(pruned), f"{pruned / dense:.3f}" if dense else "")
 
 
 def _ratio_cell(ratio: Ratio) -> str:
@@ -233,7 +237,7 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.0f} MiB"
 
 
-def _notes(report: EvalReport) -> list[str]:
+def figure_notes(report: EvalReport) -> list[str]:
     """How each row was measured, and on what."""
     notes = [
         f"perplexity {text.name}: {text.dense.num_windows} windows of {text.dense.window}, "
