@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from llmprune_eval.report import EvalReport
 
 REPORT_PAGE = "report.html"
+# a number and its sign stay on one line
+_SPACE = "\N{NO-BREAK SPACE}"
 _TO, _MINUS = "\N{RIGHTWARDS ARROW}", "\N{MINUS SIGN}"
 _METHODS = {"sequential_attention": "SequentialAttention++"}
 
@@ -143,14 +145,13 @@ def _tile(what: str, ratio: float, *below: str) -> Markup:
 
 def _change(ratio: float) -> str:
     """A ratio as what is added or taken away."""
-    percent = f"{100 * (ratio - 1):+.1f} %"
-    return percent.replace("-", _MINUS)
+    return f"{100 * (ratio - 1):+.1f}{_SPACE}%".replace("-", _MINUS)
 
 
 def _interval(ratio: Ratio) -> str:
     if ratio.low is None or ratio.high is None:
         return "not conclusive"
-    text = f"95 %: {_change(ratio.low)} to {_change(ratio.high)}".replace(" % to", " to")
+    text = f"95 %: {_change(ratio.low)} to {_change(ratio.high)}".replace(f"{_SPACE}% to", " to")
     return text if ratio.conclusive else f"{text}, not conclusive"
 
 

@@ -85,7 +85,15 @@ def _text_parts(
     marks = [("dense", "dense"), ("pruned", "this run")]
     if rivals:
         marks += [("rival", "other methods"), ("control", "controls")]
-    head = ("model", "after the cut", "recovery tokens", "parameters", "perplexity", "/ dense")
+    head = (
+        "model",
+        "block",
+        "after the cut",
+        "recovery tokens",
+        "parameters",
+        "perplexity",
+        "/ dense",
+    )
     figures = table(f"Perplexity of {text.name}", head, _text_rows(run, report, text, rivals))
     below = folded("Figures of every model", figures) if rivals else figures
     note = [paragraph(_RIVALS_NOTE, class_="note")] if rivals else []
@@ -99,20 +107,24 @@ def _text_rows(
     """The dense model, this run, then the rest: stage, tokens, parameters, perplexity, ratio."""
     tokens, dense, pruned = recovery_tokens(run.recipe), report.dense, report.pruned
     found = [
-        ("dense", "", 0, dense.parameters, text.dense.value),
-        ("this run", stage_of(run.recipe), tokens, pruned.parameters, text.pruned.value),
-        *((r.label, r.stage, r.recovery_tokens, r.parameters, r.perplexity) for r in rivals),
+        ("dense", "", "", 0, dense.parameters, text.dense.value),
+        ("this run", "", stage_of(run.recipe), tokens, pruned.parameters, text.pruned.value),
+        *(
+            (r.label, r.block, r.stage, r.recovery_tokens, r.parameters, r.perplexity)
+            for r in rivals
+        ),
     ]
     return [
         (
             label,
+            block,
             stage,
             f"{tokens:,}" if tokens else "",
             f"{parameters / 1e6:.2f} M",
             f"{perplexity:.2f}",
             f"{perplexity / text.dense.value:.3f}",
         )
-        for label, stage, tokens, parameters, perplexity in found
+        for label, block, stage, tokens, parameters, perplexity in found
     ]
 
 

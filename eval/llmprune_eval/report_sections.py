@@ -158,10 +158,12 @@ def _scores_of(kind: str, groups: tuple[ScoredGroup, ...]) -> Markup:
     draw = partial(score_map, words, groups)
     across = sum(group.num_across for group in groups)
     units = sum(len(group.scores) for group in groups)
-    caption = "Higher stays."
+    caption = "The line is the cut."
+    if groups[0].layer is not None:
+        caption = "The line in each layer is its cut; a layer without one lost nothing."
     if across:
         caption += (
-            f" {across:,} of {units:,} units went although they score above it: units leave in "
+            f" {across:,} of {units:,} units went although they score above a cut: units leave in "
             "whole bundles, in an order, or in rows that choose by themselves."
         )
     rows = [_score_row(group) for group in groups]

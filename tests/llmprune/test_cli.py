@@ -182,7 +182,7 @@ def test_a_run_leaves_a_verified_model_that_every_command_takes(
     assert call(monkeypatch, "prune", recipe_file, "--out", out) == 0
     names = {file.name for file in out.iterdir()}
     assert names >= {"recipe.yaml", "scores.json", "plan.json", "model", "report.json", "README.md"}
-    assert names >= {"verification.json", "log.jsonl"}
+    assert names >= {"verification.json", "log.jsonl", "report.html"}
     assert not {name for name in names if name.startswith((".", "gates", "weights"))}
     assert_only_whole_files(out)
     plan = PrunePlan.read(out / "plan.json")

@@ -235,8 +235,8 @@ def test_a_comparison_on_the_same_text_stands_beside_the_run(tmp_path):
         "control: prior",
         "random",
     ]
-    assert rows[2][1:] == ["refit", "", "81.00 M", "33.25", "1.655"]
-    assert rows[1][1:3] == ["recovered", "1,536"]
+    assert rows[2][1:] == ["half", "refit", "", "81.00 M", "33.25", "1.655"]
+    assert rows[1][2:4] == ["recovered", "1,536"]
     assert "1 above 4 times the dense figure are in the table only" in "".join(page.text)
 
 

@@ -162,4 +162,6 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale, edges: tuple[float, flo
 def _dense_label(dense: Point, x: Scale, y: Scale, right: float) -> Markup:
     at = min(x(dense.parameters) + 6, right)
     words = f"{dense.perplexity:.2f} dense"
-    return text(at, y(dense.perplexity) + 20, words, anchor="end", class_="strong")
+    level = y(dense.perplexity)
+    place = level + 20 if y.start - level > 28 else level - 12
+    return text(at, place, words, anchor="end", class_="strong")
