@@ -125,7 +125,9 @@ def _tiles(report: EvalReport | None) -> Markup:
     for text in report.perplexities[:2]:
         values = f"{text.dense.value:.2f} {_TO} {text.pruned.value:.2f}"
         ratio = paired_ratio(text.dense, text.pruned)
-        tiles.append(_tile(f"perplexity, {text.name}", ratio.value, values, _interval(ratio)))
+        mark = " (in-domain)" if text.in_domain else ""
+        label = f"perplexity, {text.name}{mark}"
+        tiles.append(_tile(label, ratio.value, values, _interval(ratio)))
     if report.speed is not None:
         for phase, ratio in vars(report.speed.ratios["pruned"]).items():
             times = [getattr(report.speed.models[m], phase).median_ms for m in ("dense", "pruned")]
