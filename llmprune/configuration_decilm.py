@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 
-class Block(dict):  # type: ignore[type-arg]
+class Block(dict):
     """A JSON object whose keys are attributes too."""
 
     def __getattr__(self, name: str) -> Any:
