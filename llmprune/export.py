@@ -78,7 +78,8 @@ def export(
     folder = Path(model_folder(source))
     _check_arguments(folder, out, form)
     model = load_pruned(folder)
-    name = json.loads((folder / "config.json").read_text()).get("_name_or_path") or folder.name
+    name = json.loads((folder / "config.json").read_text()).get("_name_or_path")
+    name = name or source.resolve().name
     # not where it lies on this machine
     model.name_or_path = model.config.name_or_path = name
     if dtype is not None:

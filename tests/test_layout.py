@@ -63,7 +63,7 @@ def test_lm_eval_is_imported_in_one_file():
 
 
 def test_the_travelling_files_import_nothing_of_llmprune():
-    for name in ("modeling_pruned.py", "stock_logits.py"):
+    for name in ("configuration_decilm.py", "modeling_pruned.py", "stock_logits.py"):
         assert "llmprune" not in imported_packages(ROOT / "llmprune" / name)
 
 

@@ -36,6 +36,7 @@ class LlamaCpp:
             type_k=float32,
             type_v=float32,
             n_threads=1,
+            n_threads_batch=1,
             verbose=False,
         )
 
@@ -65,7 +66,8 @@ def greedy(model, tokens):
         return model.generate(row, use_cache=True, **options)[0, len(tokens) :].tolist()
 
 
-def assert_llama_cpp_computes_the_same(path, model):
+def assert_llama_cpp_computes_the_same(path, model, tolerance=1e-4):
+    """Logits to `tolerance` of the largest, and the same greedy tokens."""
     model = model.float()
     runner, tokenizer = LlamaCpp(path), byte_tokenizer()
     for prompt in PROMPTS:
@@ -73,7 +75,7 @@ def assert_llama_cpp_computes_the_same(path, model):
         assert runner.llama.tokenize(prompt.encode(), add_bos=True, special=True) == tokens
         expected = logits(model, torch.tensor([tokens]))[0]
         scale = float(expected.abs().max())
-        assert float((runner.logits(tokens) - expected).abs().max()) < 1e-4 * scale
+        assert float((runner.logits(tokens) - expected).abs().max()) < tolerance * scale
         assert runner.greedy(tokens) == greedy(model, tokens)
 
 
@@ -82,7 +84,8 @@ def test_llama_cpp_computes_what_a_uniform_model_computes(family, tmp_path):
     model = tiny_model(family, tied=family == "llama")
     kinds = ("mlp_channels",) if family == "gpt2" else ("kv_groups", "mlp_channels", "layers")
     path, narrow = gguf_of(tmp_path, model, plan_for(model, kinds), form="uniform")
-    assert_llama_cpp_computes_the_same(path, narrow)
+    # llama.cpp looks GELU up in a table of float16
+    assert_llama_cpp_computes_the_same(path, narrow, 1e-3 if family == "gpt2" else 1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3"])
