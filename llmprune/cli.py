@@ -231,6 +231,7 @@ def bench(
     check: Annotated[
         bool, typer.Option("--check", help="Time the first model against itself, too.")
     ] = False,
+    memory: Annotated[bool, typer.Option(help="Peak memory, a process a model and point.")] = True,
     out: Annotated[Path | None, typer.Option(help="JSON file; default MODEL/bench.json.")] = None,
     json: JsonOption = False,
 ) -> None:
@@ -245,6 +246,7 @@ def bench(
         rounds=rounds,
         backend=backend,
         check=check,
+        memory=memory,
     )
     subjects = bench_models.bench_subjects(model, against, dtype)
     file = out or bench_models.results_file(model, subjects[-1])

@@ -16,7 +16,6 @@ from torch import Tensor
 from llmprune.errors import InputError
 from llmprune.files import save_text
 from llmprune.recipe import SpeedTask
-from llmprune.run_folder import RECIPE_FILE
 from llmprune_eval.bench_report import (
     BenchReport,
     Comparison,
@@ -72,6 +71,7 @@ class BenchSettings:
         rounds: Timed rounds; from 6 on intervals are free of a distribution.
         backend: None takes block-sparse layers where a model has them, else eager.
         check: Time the first model as its own control.
+        memory: Measure peak memory, on the CPU in a fresh process for each model and point.
         seed: Of prompts and of the order within rounds.
     """
 
@@ -81,6 +81,7 @@ class BenchSettings:
     rounds: int = 10
     backend: Backend | None = None
     check: bool = False
+    memory: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -226,7 +227,9 @@ def _measure_memory(
     contenders: Sequence[Contender], settings: BenchSettings, on_progress: OnProgress
 ) -> dict[str, dict[tuple[int, int], PeakMemory | None]]:
     """Peak memory of all, by label and point; before anything is loaded here."""
-    found = {}
+    found: dict[str, dict[tuple[int, int], PeakMemory | None]] = {}
+    if not settings.memory:
+        return {c.subject.label: dict.fromkeys(settings.points) for c in contenders}
     for index, contender in enumerate(contenders):
         on_progress("peak memory", index, len(contenders))
         peaks = peak_memory_at(contender, settings.points, settings.new_tokens)

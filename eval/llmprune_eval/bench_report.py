@@ -21,7 +21,7 @@ BENCH_FORMAT = "llmprune-bench/1"
 WIDEST = 1.10
 Verdict = Literal["faster", "slower", "same", "too noisy"]
 PhaseName = Literal["first_token", "decode"]
-PHASES: dict[PhaseName, str] = {"first_token": "time to first token", "decode": "decode, a token"}
+PHASES: dict[PhaseName, str] = {"first_token": "first token", "decode": "decode step"}
 
 
 class _Part(BaseModel):
@@ -103,7 +103,7 @@ class Point(_Part):
     @property
     def name(self) -> str:
         """How tables call it."""
-        return f"{self.batch_size} x {self.context}"
+        return f"batch {self.batch_size}, context {self.context}"
 
 
 class BenchReport(_Part):
@@ -187,6 +187,7 @@ def render_table(report: BenchReport) -> Table:
         table.add_row(row.label, *row.values, *row.ratios)
     for point in report.points:
         table.add_section()
+        table.add_row(point.name)
         for row in _point_rows(point):
             table.add_row(row.label, *row.values, *row.ratios)
     return table
@@ -201,8 +202,9 @@ def notes_of(report: BenchReport) -> list[str]:
     rates = next(iter(report.models.values())).rates
     notes = [
         *names,
-        f"batch x context tokens, then {report.new_tokens} steps; medians of {report.rounds} rounds "
-        "(quartiles); time ratios paired by round with a 95 % interval; below 1 is faster",
+        f"batch x context tokens, then {report.new_tokens} steps; medians of {report.rounds} "
+        "rounds (quartiles); ratios of times are paired by round, with a 95 % interval; peak memory "
+        "is the model's share",
         f"roofline: {rates.flops_per_s / 1e9:.0f} GFLOP/s and {rates.bytes_per_s / 1e9:.1f} GB/s "
         "measured at the start (of the first model); the share of the median that it explains",
     ]
@@ -252,23 +254,19 @@ def _point_rows(point: Point) -> list[_Row]:
         phases: list[Phase] = [getattr(model, phase) for model in models]
         found: list[Comparison] = [getattr(comparison, phase) for comparison in compared]
         rows += [
-            _Row(
-                f"{point.name}  {title}", [_times(p.ms) for p in phases], [_cell(c) for c in found]
-            ),
-            _Row("  roofline", [_share(p) for p in phases], [f"{c.roofline:.3f}" for c in found]),
+            _Row(f"  {title}", [_times(p.ms) for p in phases], [_cell(c) for c in found]),
+            _Row("    roofline", [_share(p) for p in phases], [f"{c.roofline:.3f}" for c in found]),
         ]
         if point.control is not None:
             control: Comparison = getattr(point.control, phase)
-            rows.append(_Row("  the first against itself", [_cell(control)], []))
+            rows.append(_Row("    against itself", [_cell(control)], []))
     speeds = [f"{model.decode_tokens_per_s:.1f}" for model in models]
-    rows.append(_Row("  decode, tokens a second", speeds, []))
+    rows.append(_Row("  tokens a second", speeds, []))
     memory = [model.peak_memory for model in models]
     shares = [None if peak is None else peak.model_bytes for peak in memory]
     if None not in shares:
         known = [share for share in shares if share is not None]
-        rows.append(
-            _counts("  peak memory, model's share", [_mib(share) for share in known], known)
-        )
+        rows.append(_counts("  peak memory", [_mib(share) for share in known], known))
     return rows
 
 

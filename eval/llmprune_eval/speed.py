@@ -35,7 +35,7 @@ class ModelSpeed:
 
     Attributes:
         prefill: One forward pass over (batch_size, context) tokens: the time to the first token.
-        decode: One greedy step with the KV cache, for the whole batch; a round's is its median step.
+        decode: One greedy step with the KV cache, for the whole batch; of a round its median step.
         decode_tokens_per_s: Tokens of all rows a second, at the median step.
         warmup_rounds: Untimed passes before the rounds.
     """
