@@ -111,9 +111,9 @@ def load_pruned(
     return model.eval()
 
 
-def load_block_sparse(folder: str | Path) -> PreTrainedModel:
+def load_block_sparse(folder: str | Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """`load_pruned` with its block-sparse layers."""
-    return load_pruned(folder, block_sparse=True)
+    return load_pruned(folder, dtype=dtype, block_sparse=True)
 
 
 def has_blocks(folder: Path) -> bool:

@@ -21,10 +21,9 @@ from llmprune.export import FileType, ServingFormat
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
-    from transformers import PreTrainedModel
 
     from llmprune.recipe import Recipe
-    from llmprune.sources import LoadedModel
+    from llmprune_eval.bench import BenchSettings
     from llmprune_eval.quality import Extent
     from llmprune_eval.subjects import Subject
 
@@ -233,26 +232,47 @@ def evaluate(
 
 @app.command()
 def bench(
-    folder: FolderArgument,
-    batch_size: Annotated[int, typer.Option(help="Rows of the prompt.")] = 1,
-    context: Annotated[int, typer.Option(help="Tokens in a row.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Decode steps.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 9,
+    model: Annotated[str, typer.Argument(help="A folder that prune wrote, or any model.")],
+    against: Annotated[
+        str | None, typer.Option(help="Compare with this model, not the recipe's.")
+    ] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", "--batch-size", help="Rows of the prompt, with commas.")
+    ] = "1",
+    context: Annotated[str, typer.Option(help="Tokens in a row, with commas.")] = "128",
+    new_tokens: Annotated[int, typer.Option(help="Decode steps.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 10,
+    backend: Annotated[
+        Literal["eager", "compile", "block_sparse"] | None,
+        typer.Option(help="What runs the models; default block_sparse where there are blocks."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of all weights; default the stored."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Time the first model against itself, too.")
+    ] = False,
+    memory: Annotated[bool, typer.Option(help="Peak memory, a process a model and point.")] = True,
+    out: Annotated[Path | None, typer.Option(help="JSON file; default MODEL/bench.json.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure latency and peak memory of the dense and the pruned model, interleaved."""
-    from llmprune.recipe import SpeedTask
+    """Measure latency, memory and load time, dense and pruned in the same rounds."""
+    _quieten_transformers()
+    from llmprune_eval import bench as bench_models
 
-    for name, value, least in (
-        ("batch-size", batch_size, 1),
-        ("context", context, 1),
-        ("new-tokens", new_tokens, 1),
-        ("rounds", rounds, 3),
-    ):
-        if value < least:
-            raise InputError(f"--{name} must be at least {least}, got {value}")
-    task = SpeedTask(batch_size=batch_size, context=context, new_tokens=new_tokens, rounds=rounds)
-    _measure(folder, _recipe_of(folder), json=json, perplexity=(), speed=task)
+    settings = bench_models.BenchSettings(
+        batch_sizes=bench_models.read_counts("batch", batch),
+        contexts=bench_models.read_counts("context", context),
+        new_tokens=new_tokens,
+        rounds=rounds,
+        backend=backend,
+        check=check,
+        memory=memory,
+    )
+    subjects = bench_models.bench_subjects(model, against, dtype)
+    file = out or bench_models.results_file(model, subjects[-1])
+    _bench(subjects, settings, file, json=json)
 
 
 @app.command()
@@ -375,29 +395,25 @@ def _command_line() -> str:
     return shlex.join(words)
 
 
-def _measure(folder: Path, recipe: Recipe, *, json: bool, perplexity, speed) -> None:  # type: ignore[no-untyped-def]
-    from llmprune.checkpoint import MODEL_FOLDER
+def _bench(
+    subjects: tuple[Subject, ...], settings: BenchSettings, file: Path, *, json: bool
+) -> None:
     from llmprune.display import progress_bars
-    from llmprune_eval.evaluation import evaluate as run
-    from llmprune_eval.report import render_table
+    from llmprune_eval.bench import bench as run
+    from llmprune_eval.bench import save_report
+    from llmprune_eval.bench_report import notes_of, render_table
 
-    _quieten_transformers()
-    evaluation = recipe.evaluation.model_copy(update={"perplexity": perplexity, "speed": speed})
-    recipe = recipe.model_copy(update={"evaluation": evaluation})
-    dense, pruned = _both_models(folder, recipe)
     with progress_bars(Console(stderr=json)) as on_progress:
-        report = run(
-            dense.model,
-            pruned,
-            dense.tokenizer,
-            recipe=recipe,
-            folder=folder / MODEL_FOLDER,
-            on_progress=on_progress,
-        )
+        report = run(subjects, settings, on_progress)
+    save_report(report, file)
     if json:
         typer.echo(report.to_json())
     else:
         console.print(render_table(report))
+        for note in notes_of(report):
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrote {file}", soft_wrap=True)
+    _warn(report.warnings)
 
 
 def _evaluate_quality(
@@ -418,9 +434,7 @@ def _evaluate_quality(
     make_folder(folder)
     save_text(report.to_json(), folder / "evaluation.json")
     save_text(to_markdown(report), folder / "evaluation.md")
-    loud = Console(stderr=True)
-    for warning in report.warnings:
-        loud.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
+    _warn(report.warnings)
     if json:
         typer.echo(report.to_json())
         return
@@ -438,17 +452,10 @@ def _quieten_transformers() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def _both_models(folder: Path, recipe: Recipe) -> tuple[LoadedModel, PreTrainedModel]:
-    import torch
-
-    from llmprune.checkpoint import has_blocks, load_pruned
-    from llmprune.sources import load_dense
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pruned = load_pruned(folder, block_sparse=has_blocks(folder))
-    dense = load_dense(recipe.model)
-    dense.model.to(device)
-    return dense, pruned.to(device)
+def _warn(warnings: tuple[str, ...]) -> None:
+    loud = Console(stderr=True)
+    for warning in warnings:
+        loud.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
 
 
 def _recipe_of(folder: Path) -> Recipe:

@@ -46,8 +46,12 @@ def check_length(model: Any, length: int, *, what: str) -> None:
     Raises:
         InputError: `length` is above the config's `max_position_embeddings`.
     """
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    check_positions(model.config, length, what=what)
+
+
+def check_positions(config: Any, length: int, *, what: str) -> None:
+    """As `check_length`, of a config alone."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise InputError(
             f"{what} must be at most the model's max_position_embeddings {limit}, got {length}; "

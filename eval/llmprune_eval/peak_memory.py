@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 
 from llmprune.errors import InputError
 from llmprune_eval.inference import check_count, check_length, device_of, eval_mode, vocab_size_of
-from llmprune_eval.speed import decode_greedily
+from llmprune_eval.timing import decode_greedily, prefill
 
 DEFAULT_LOADER = "llmprune.checkpoint:load_pruned"
 _SECRET_MARKS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
@@ -56,6 +57,7 @@ def measure_peak_memory(
     batch_size: int = 1,
     context: int = 128,
     new_tokens: int = 4,
+    dtype: str | None = None,
 ) -> PeakMemory:
     """Measure the peak memory of loading a saved model, one prefill and `new_tokens` steps.
 
@@ -66,6 +68,7 @@ def measure_peak_memory(
         batch_size: Rows of random tokens.
         context: Tokens in a row.
         new_tokens: Decode steps.
+        dtype: Given to the loader as `dtype`; None leaves it to the loader.
 
     Raises:
         InputError: No such folder, a count below 1, no such loader, or the model doesn't load and
@@ -77,8 +80,10 @@ def measure_peak_memory(
     for name, value in sizes.items():
         check_count(name, value, 1)
     if torch.device(device).type == "cuda":
-        return _measure_cuda(Path(folder), _resolve(loader), torch.device(device), **sizes)
+        load = _loader(loader, dtype)
+        return _measure_cuda(Path(folder), load, torch.device(device), **sizes)
     command = [sys.executable, "-m", "llmprune_eval.peak_memory", str(folder), "--loader", loader]
+    command += [] if dtype is None else ["--dtype", dtype]
     for name, value in sizes.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     child = subprocess.run(command, env=_child_environment(), capture_output=True, text=True)
@@ -125,8 +130,7 @@ def _run(model: Any, *, batch_size: int, context: int, new_tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size_of(model), (batch_size, context), generator=generator)
     with eval_mode(model):
-        output = model(input_ids=ids.to(device_of(model)), use_cache=True, logits_to_keep=1)
-        decode_greedily(model, output, new_tokens)
+        decode_greedily(model, prefill(model, ids.to(device_of(model))), new_tokens)
 
 
 def _resident_bytes(field: str) -> int:
@@ -146,6 +150,11 @@ def _resident_bytes(field: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _loader(name: str, dtype: str | None) -> Callable[..., Any]:
+    load = _resolve(name)
+    return load if dtype is None else partial(load, dtype=getattr(torch, dtype))
+
+
 def _resolve(loader: str) -> Callable[..., Any]:
     module, sign, function = loader.partition(":")
     if not (module and sign and function):
@@ -161,11 +170,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m llmprune_eval.peak_memory")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--loader", default=DEFAULT_LOADER)
+    parser.add_argument("--dtype")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=4)
     arguments = vars(parser.parse_args())
-    load = _resolve(arguments.pop("loader"))
+    load = _loader(arguments.pop("loader"), arguments.pop("dtype"))
     print(json.dumps(asdict(_measure_here(arguments.pop("folder"), load, **arguments))))
 
 

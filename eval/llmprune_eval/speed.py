@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.recipe import Budget
-from llmprune_eval.inference import check_count, check_length, device_of, eval_mode, vocab_size_of
+from llmprune_eval.inference import check_count, check_length, device_of, eval_mode
 from llmprune_eval.intervals import Ratio, median_ratio
+from llmprune_eval.timing import Pass, random_prompt, time_pass, time_rounds, warm_up
 
-_MIN_WARMUP_ROUNDS = 2
-_MAX_WARMUP_ROUNDS = 5
-# Warm when two passes in a row differ by no more than this share of the slower one.
-_STEADY = 0.1
 # Rounds for a latency budget, and decode steps in each where decoding is what it names.
 PHASE_ROUNDS = 15
 _PHASE_STEPS = 8
@@ -41,7 +35,7 @@ class ModelSpeed:
 
     Attributes:
         prefill: One forward pass over (batch_size, context) tokens: the time to the first token.
-        decode: One greedy step with the KV cache, for the whole batch.
+        decode: One greedy step with the KV cache, for the whole batch; of a round its median step.
         decode_tokens_per_s: Tokens of all rows a second, at the median step.
         warmup_rounds: Untimed passes before the rounds.
     """
@@ -82,12 +76,6 @@ class SpeedReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Pass:
-    prefill_ms: float
-    decode_ms: float
-
-
 def measure_speed(
     models: Mapping[str, Any],
     *,
@@ -98,7 +86,7 @@ def measure_speed(
     seed: int = 0,
     on_round: Callable[[int, int], None] | None = None,
 ) -> SpeedReport:
-    """Time prefill and greedy decoding of every model, each once a round, the order alternating.
+    """Time prefill and greedy decoding of every model, each once a round, the order drawn by coin.
 
     The prompt is random tokens below the smallest vocabulary, the same for all. Each model is
     warmed up until two passes agree within 10 % (2 to 5 passes). `generate` is not used: its own
@@ -123,12 +111,16 @@ def measure_speed(
         raise InputError("speed needs at least one model, got none; name the dense model first")
     for model in models.values():
         check_length(model, context + new_tokens, what="speed context + new_tokens")
-    prompt = _random_prompt(models.values(), (batch_size, context), seed)
+    prompt = random_prompt(models.values(), (batch_size, context), seed)
+
+    def time_one(name: str) -> Pass:
+        return time_pass(models[name], prompt, new_tokens)
+
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(eval_mode(model))
-        warmups = {name: _warm_up(m, prompt, new_tokens) for name, m in models.items()}
-        passes = _time_rounds(models, prompt, new_tokens, rounds, on_round)
+        warmups = {name: warm_up(partial(time_one, name), new_tokens).passes for name in models}
+        passes = time_rounds(list(models), time_one, rounds, seed=seed, on_round=on_round)
     first_name, first = next(iter(models.items()))
     return SpeedReport(
         **counts,
@@ -173,70 +165,7 @@ def phase_ms(
     return {name: getattr(speed, budget.phase).median_ms for name, speed in timed.items()}
 
 
-def _random_prompt(models: Any, shape: tuple[int, int], seed: int) -> Tensor:
-    """Token ids of `shape` (batch_size, context), int64, on the CPU."""
-    vocab_size = min(vocab_size_of(model) for model in models)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, shape, generator=generator)
-
-
-def _warm_up(model: Any, prompt: Tensor, new_tokens: int) -> int:
-    """Run untimed passes until steady; returns how many."""
-    totals: list[float] = []
-    while len(totals) < _MAX_WARMUP_ROUNDS:
-        timed = _time_pass(model, prompt, new_tokens)
-        totals.append(timed.prefill_ms + new_tokens * timed.decode_ms)
-        last = totals[-2:]
-        if len(totals) >= _MIN_WARMUP_ROUNDS and min(last) >= (1 - _STEADY) * max(last):
-            break
-    return len(totals)
-
-
-def _time_rounds(
-    models: Mapping[str, Any],
-    prompt: Tensor,
-    new_tokens: int,
-    rounds: int,
-    on_round: Callable[[int, int], None] | None,
-) -> dict[str, list[_Pass]]:
-    passes: dict[str, list[_Pass]] = {name: [] for name in models}
-    for index in range(rounds):
-        # Drift within a round (heat, other load) favours no model when the order alternates.
-        order = list(models) if index % 2 == 0 else list(models)[::-1]
-        for name in order:
-            passes[name].append(_time_pass(models[name], prompt, new_tokens))
-        if on_round is not None:
-            on_round(index + 1, rounds)
-    return passes
-
-
-def _time_pass(model: Any, prompt: Tensor, new_tokens: int) -> _Pass:
-    """Time one prefill and the `new_tokens` greedy steps that follow it."""
-    device = device_of(model)
-    ids = prompt.to(device)
-    start = _now(device)
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    prefilled = _now(device)
-    decode_greedily(model, output, new_tokens)
-    decoded = _now(device)
-    return _Pass((prefilled - start) * 1e3, (decoded - prefilled) * 1e3 / new_tokens)
-
-
-def decode_greedily(model: Any, output: Any, new_tokens: int) -> None:
-    """Take `new_tokens` single-token steps from a prefill's `output`, whose KV cache grows."""
-    for _ in range(new_tokens):
-        ids = output.logits[:, -1:].argmax(dim=-1)
-        output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
-
-
-def _now(device: torch.device) -> float:
-    """Seconds on a clock, read when the device has done all it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-def _summarise(passes: Sequence[_Pass], batch_size: int, warmup_rounds: int) -> ModelSpeed:
+def _summarise(passes: Sequence[Pass], batch_size: int, warmup_rounds: int) -> ModelSpeed:
     decode = _latency([timed.decode_ms for timed in passes])
     return ModelSpeed(
         prefill=_latency([timed.prefill_ms for timed in passes]),
@@ -250,7 +179,7 @@ def _latency(times_ms: Sequence[float]) -> Latency:
     return Latency(statistics.median(times_ms), min(times_ms), max(times_ms))
 
 
-def _compare(first: Sequence[_Pass], other: Sequence[_Pass]) -> SpeedRatio:
+def _compare(first: Sequence[Pass], other: Sequence[Pass]) -> SpeedRatio:
     pairs = list(zip(first, other, strict=True))
     return SpeedRatio(
         prefill=median_ratio([b.prefill_ms / a.prefill_ms for a, b in pairs]),
