@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EVAL_CALLERS = {"pipeline.py", "cli.py"}
+EVAL_CALLERS = {"pipeline.py", "cli.py", "cli_measure.py"}
 ACCELERATE_IMPORTERS = {"training.py"}
 
 

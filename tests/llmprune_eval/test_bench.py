@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llmprune import cli
+from llmprune import cli, cli_measure
 from llmprune.errors import InputError
 from llmprune.recipe import ModelSource, Recipe
 from llmprune_eval import bench as bench_module
@@ -100,7 +100,7 @@ def clocked(monkeypatch, took):
 def test_a_run_is_compared_with_its_dense_model_at_every_point(
     monkeypatch, capfd, run_folder, tmp_path
 ):
-    monkeypatch.setattr(cli, "console", Console(width=160))
+    monkeypatch.setattr(cli_measure, "console", Console(width=160))
     options = ("--batch", "1,2", "--context", "8,16", "--new-tokens", 2, "--rounds", 6, "--check")
     assert call(monkeypatch, run_folder, *options) == 0
     shown = capfd.readouterr()

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from llmprune import cli
+from llmprune import cli, cli_measure
 from llmprune.recipe import Recipe
 from tests.llmprune_eval.tiny_tasks import save_data, save_model
 
@@ -58,7 +58,7 @@ def refusal(monkeypatch, capfd, *arguments):
 def test_a_run_is_compared_with_its_dense_model_and_warned_of_first(
     monkeypatch, capfd, run_folder, tmp_path
 ):
-    monkeypatch.setattr(cli, "console", Console(width=140))
+    monkeypatch.setattr(cli_measure, "console", Console(width=140))
     options = ("--tasks", "piqa,winogrande", "--data", tmp_path / "data", "--limit", 6)
     assert call(monkeypatch, run_folder, *options) == 0
     shown = capfd.readouterr()
