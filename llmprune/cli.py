@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
     from llmprune.recipe import Recipe
-    from llmprune_eval.bench import BenchSettings
     from llmprune_eval.quality import Extent
     from llmprune_eval.subjects import Subject
 
@@ -237,20 +236,20 @@ def bench(
 ) -> None:
     """Measure latency, memory and load time, dense and pruned in the same rounds."""
     _quieten_transformers()
-    from llmprune_eval import bench as bench_models
+    from llmprune_eval.bench import BenchSettings
+    from llmprune_eval.bench_command import read_counts, run_bench
 
-    settings = bench_models.BenchSettings(
-        batch_sizes=bench_models.read_counts("batch", batch),
-        contexts=bench_models.read_counts("context", context),
+    settings = BenchSettings(
+        batch_sizes=read_counts("batch", batch),
+        contexts=read_counts("context", context),
         new_tokens=new_tokens,
         rounds=rounds,
         backend=backend,
         check=check,
         memory=memory,
     )
-    subjects = bench_models.bench_subjects(model, against, dtype)
-    file = out or bench_models.results_file(model, subjects[-1])
-    _bench(subjects, settings, file, json=json)
+    shown = None if json else console
+    run_bench(model, settings, against=against, dtype=dtype, out=out, console=shown)
 
 
 @app.command()
@@ -357,27 +356,6 @@ def _command_line() -> str:
     return shlex.join(words)
 
 
-def _bench(
-    subjects: tuple[Subject, ...], settings: BenchSettings, file: Path, *, json: bool
-) -> None:
-    from llmprune.display import progress_bars
-    from llmprune_eval.bench import bench as run
-    from llmprune_eval.bench import save_report
-    from llmprune_eval.bench_report import notes_of, render_table
-
-    with progress_bars(Console(stderr=json)) as on_progress:
-        report = run(subjects, settings, on_progress)
-    save_report(report, file)
-    if json:
-        typer.echo(report.to_json())
-    else:
-        console.print(render_table(report))
-        for note in notes_of(report):
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
-        console.print(f"wrote {file}", soft_wrap=True)
-    _warn(report.warnings)
-
-
 def _evaluate_quality(
     subjects: tuple[Subject, ...],
     extent: Extent,
@@ -396,7 +374,9 @@ def _evaluate_quality(
     make_folder(folder)
     save_text(report.to_json(), folder / "evaluation.json")
     save_text(to_markdown(report), folder / "evaluation.md")
-    _warn(report.warnings)
+    loud = Console(stderr=True)
+    for warning in report.warnings:
+        loud.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
     if json:
         typer.echo(report.to_json())
         return
@@ -412,12 +392,6 @@ def _quieten_transformers() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-
-
-def _warn(warnings: tuple[str, ...]) -> None:
-    loud = Console(stderr=True)
-    for warning in warnings:
-        loud.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
 
 
 def _recipe_of(folder: Path) -> Recipe:

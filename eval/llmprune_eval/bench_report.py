@@ -130,9 +130,9 @@ class BenchReport(_Part):
 
 def times_of(values: Sequence[float]) -> Times:
     """Median, quartiles and all of some values, at least one."""
-    low, _, high = (
-        statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
-    )
+    low = high = values[0]
+    if len(values) > 1:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return Times(median=statistics.median(values), quartiles=(low, high), each=tuple(values))
 
 
@@ -203,8 +203,8 @@ def notes_of(report: BenchReport) -> list[str]:
     notes = [
         *names,
         f"batch x context tokens, then {report.new_tokens} steps; medians of {report.rounds} "
-        "rounds (quartiles); ratios of times are paired by round, with a 95 % interval; peak memory "
-        "is the model's share",
+        "rounds (quartiles); ratios of times are paired by round, with a 95 % interval; peak "
+        "memory is the model's share",
         f"roofline: {rates.flops_per_s / 1e9:.0f} GFLOP/s and {rates.bytes_per_s / 1e9:.1f} GB/s "
         "measured at the start (of the first model); the share of the median that it explains",
     ]
