@@ -21,7 +21,6 @@ from llmprune.errors import InputError
 
 if TYPE_CHECKING:
     from llmprune.recipe import Recipe
-    from llmprune_eval.bench import BenchSettings
     from llmprune_eval.quality import Extent
     from llmprune_eval.subjects import Subject
 
@@ -106,20 +105,20 @@ def bench(
 ) -> None:
     """Measure latency, memory and load time, dense and pruned in the same rounds."""
     quieten_transformers()
-    from llmprune_eval import bench as bench_models
+    from llmprune_eval.bench import BenchSettings
+    from llmprune_eval.bench_command import read_counts, run_bench
 
-    settings = bench_models.BenchSettings(
-        batch_sizes=bench_models.read_counts("batch", batch),
-        contexts=bench_models.read_counts("context", context),
+    settings = BenchSettings(
+        batch_sizes=read_counts("batch", batch),
+        contexts=read_counts("context", context),
         new_tokens=new_tokens,
         rounds=rounds,
         backend=backend,
         check=check,
         memory=memory,
     )
-    subjects = bench_models.bench_subjects(model, against, dtype)
-    file = out or bench_models.results_file(model, subjects[-1])
-    _bench(subjects, settings, file, json=json)
+    shown = None if json else console
+    run_bench(model, settings, against=against, dtype=dtype, out=out, console=shown)
 
 
 def compare(
@@ -190,27 +189,6 @@ def _command_line() -> str:
         if word != "--report-only":
             words.append(word)
     return shlex.join(words)
-
-
-def _bench(
-    subjects: tuple[Subject, ...], settings: BenchSettings, file: Path, *, json: bool
-) -> None:
-    from llmprune.display import progress_bars
-    from llmprune_eval.bench import bench as run
-    from llmprune_eval.bench import save_report
-    from llmprune_eval.bench_report import notes_of, render_table
-
-    with progress_bars(Console(stderr=json)) as on_progress:
-        report = run(subjects, settings, on_progress)
-    save_report(report, file)
-    if json:
-        typer.echo(report.to_json())
-    else:
-        console.print(render_table(report))
-        for note in notes_of(report):
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
-        console.print(f"wrote {file}", soft_wrap=True)
-    warn(report.warnings)
 
 
 def _evaluate_quality(

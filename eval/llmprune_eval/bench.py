@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError
-from llmprune.files import save_text
 from llmprune.recipe import SpeedTask
 from llmprune_eval.bench_report import (
     BenchReport,
@@ -42,7 +39,7 @@ from llmprune_eval.intervals import median_ratio
 from llmprune_eval.peak_memory import PeakMemory
 from llmprune_eval.report import environment
 from llmprune_eval.roofline import Rates, Shape, decode_work, measure_rates, prefill_work, shape_of
-from llmprune_eval.subjects import Dtype, Subject, subjects_of
+from llmprune_eval.subjects import Subject
 from llmprune_eval.timing import (
     Pass,
     WarmUp,
@@ -172,57 +169,6 @@ def compare_passes(
     return PointComparison(**found)
 
 
-def bench_subjects(source: str, against: str | None, dtype: Dtype | None) -> tuple[Subject, ...]:
-    """The models that `llmprune bench` compares, first the one to compare with.
-
-    Without `against` they are called dense and pruned, or model where there is one; with it against
-    and model.
-
-    Raises:
-        InputError: There is no such model, or the run has none yet.
-    """
-    subjects, _ = subjects_of(source, against, dtype)
-    if against is None:
-        return subjects
-    return tuple(
-        replace(subject, label=label)
-        for subject, label in zip(subjects, ("against", "model"), strict=True)
-    )
-
-
-def read_counts(name: str, text: str) -> tuple[int, ...]:
-    """Counts with commas between them.
-
-    Raises:
-        InputError: One is no whole number.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--{name} must be counts with commas, as 1,8, got {text!r}") from None
-
-
-def results_file(source: str, subject: Subject) -> Path:
-    """Where results go by default: bench.json in the folder of the run or model, else in runs/."""
-    path = Path(source)
-    if path.is_dir():
-        return path / "bench.json"
-    return Path("runs") / "bench" / f"{subject.name.replace('/', '--').replace(':', '-')}.json"
-
-
-def save_report(report: BenchReport, file: Path) -> None:
-    """Write a report as JSON.
-
-    Raises:
-        InputError: The place can't be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{file}: can't be written ({error.strerror}); choose --out") from error
-    save_text(report.to_json(), file)
-
-
 def _measure_memory(
     contenders: Sequence[Contender], settings: BenchSettings, on_progress: OnProgress
 ) -> dict[str, dict[tuple[int, int], PeakMemory | None]]:
@@ -263,7 +209,7 @@ def _measure_point(
             time_one,
             settings.rounds,
             seed=settings.seed,
-            on_round=partial(on_progress, f"{point[0]} x {point[1]}"),
+            on_round=partial(on_progress, f"batch {point[0]}, context {point[1]}"),
         )
     found = {
         label: _point_model(known, passes[label], warm[label], point, settings)

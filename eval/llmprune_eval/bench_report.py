@@ -130,8 +130,9 @@ class BenchReport(_Part):
 
 def times_of(values: Sequence[float]) -> Times:
     """Median, quartiles and all of some values, at least one."""
-    several = values if len(values) > 1 else [*values, *values]
-    low, _, high = statistics.quantiles(several, method="inclusive")
+    low = high = values[0]
+    if len(values) > 1:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return Times(median=statistics.median(values), quartiles=(low, high), each=tuple(values))
 
 

@@ -101,7 +101,7 @@ def prefill_work(shape: Shape, batch_size: int, context: int) -> Work:
     the scores, and two in the sum of values.
     """
     attended = context * (context + 1) / 2
-    flops: float = 2 * shape.matrix_elements * context + 2 * shape.head_elements
+    flops = 2.0 * shape.matrix_elements * context + 2 * shape.head_elements
     flops += 4 * shape.query_size * attended
     return Work(batch_size * flops, shape.weight_bytes)
 

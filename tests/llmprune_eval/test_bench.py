@@ -12,14 +12,8 @@ from llmprune.errors import InputError
 from llmprune.recipe import ModelSource, Recipe
 from llmprune_eval import bench as bench_module
 from llmprune_eval import footprint
-from llmprune_eval.bench import (
-    BenchSettings,
-    bench,
-    bench_subjects,
-    compare_passes,
-    read_counts,
-    results_file,
-)
+from llmprune_eval.bench import BenchSettings, bench, compare_passes
+from llmprune_eval.bench_command import bench_subjects, read_counts, results_file
 from llmprune_eval.bench_report import (
     BenchReport,
     Point,
