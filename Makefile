@@ -15,7 +15,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" -q
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "slow and not gpu" -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu" -q
 
 lint: $(READY)
 	$(BIN)/ruff check .
