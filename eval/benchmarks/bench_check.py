@@ -117,7 +117,8 @@ def main() -> int:
     )
     with tempfile.TemporaryDirectory(prefix="llmprune-check-") as scratch:
         models = save_models(Path(scratch))
-        ordered = order(models, settings)
+        # the machine's speed changes over minutes: more rounds for the one run that has to decide
+        ordered = order(models, replace(settings, rounds=2 * settings.rounds))
         source = arguments.model or str(models["middle"])
         itself = repeat_against_itself(source, arguments.runs, settings)
     held = {phase: itself[phase]["holds"] for phase in PHASES}
