@@ -145,7 +145,8 @@ void sum_tiles(const Kernels& kernels, const Problem& p, const Weight& weight, i
   const int64_t block_size = p.height * p.width;
   const TileCall call{weight.column + begin, weight.pointer[block + 1] - begin, block_size,
                       p.width, x_row, p.height};
-  const char* w = static_cast<const char*>(weight.values) + begin * block_size * kernels.stored_bytes;
+  const char* w =
+      static_cast<const char*>(weight.values) + begin * block_size * kernels.stored_bytes;
   // The widest tile: narrower ones, of other rows, take turns within it.
   const int64_t columns = kernels.tile_columns[1];
   for (int64_t n = 0; n < p.height; n += columns) {
