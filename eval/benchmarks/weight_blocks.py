@@ -229,13 +229,23 @@ def report(found: dict[Row, Found], dense: Perplexity) -> str:
         if rows:
             lines += [f"## {title[0]}", "", *title[1:], *_table(rows), "", *_ratios(rows), ""]
     return "\n".join(
-        [*lines, f"Seconds are of pruning alone, one thread. Made by `{COMMAND}`; {about}.", ""]
+        [
+            *lines,
+            "Seconds are of pruning alone, one thread on a machine that others used. Made by "
+            f"`{COMMAND}`; {about}.",
+            "",
+        ]
     )
 
 
 COMMAND = "python eval/benchmarks/weight_blocks.py"
 TITLES = {
-    False: ("Choice alone: no weight is changed",),
+    False: (
+        "Choice alone: no weight is changed",
+        "So many blocks at once, and nothing trained after it, is more than the model survives: no "
+        "figure here is of a model to use. They say who breaks it less.",
+        "",
+    ),
     True: (
         "After training",
         f"{RECOVERY_STEPS} steps of one row (distillation, all weights) after each choice. "
