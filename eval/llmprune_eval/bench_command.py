@@ -44,7 +44,7 @@ def run_bench(
         report = bench(subjects, settings, on_progress)
     save_report(report, file)
     if console is None:
-        print(report.to_json())
+        print(report.to_json(), end="")
     else:
         console.print(render_table(report))
         for note in notes_of(report):
