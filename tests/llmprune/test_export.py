@@ -58,11 +58,15 @@ def difference(found, expected):
     return float((found - expected).detach().abs().max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_padded_model_is_stock_and_computes_the_same(family, tmp_path):
-    """Groups of one, two and three query heads, other numbers of groups, missing sublayers."""
-    model = tiny_model(family, ratio=4, layers=4, tied=family == "llama")
-    kinds = (*WIDTHS, *SUBLAYERS, "layers")
+EVERY_KIND = (*WIDTHS, *SUBLAYERS, "layers")
+PADDED = [(family, EVERY_KIND) for family in FAMILIES]
+# several KV groups of three, two and one query heads: a head must stay in its group
+PADDED += [("llama", WIDTHS), ("phi3", WIDTHS)]
+
+
+@pytest.mark.parametrize(("family", "kinds"), PADDED)
+def test_padded_model_is_stock_and_computes_the_same(family, kinds, tmp_path):
+    model = tiny_model(family, ratio=4, kv_groups=6, layers=4, tied=family == "llama")
     folder, narrow = pruned(tmp_path / "model", model, plan_for(model, kinds, differ=True))
     result = export(folder, tmp_path / "padded", "padded")
     wide = stock(tmp_path / "padded")
