@@ -74,11 +74,11 @@ class BlockGates:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """All gates open inside the block."""
-        self._are_open = True
+        were_open, self._are_open = self._are_open, True
         try:
             yield
         finally:
-            self._are_open = False
+            self._are_open = were_open
 
     def magnitudes(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """The Frobenius norm of every block of the model's weights, float64."""
