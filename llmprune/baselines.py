@@ -6,7 +6,8 @@ unit group and across the groups of one kind; how far across kinds, each functio
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -112,6 +113,18 @@ def taylor_scores(
         gates.detach()
 
 
+@contextmanager
+def fixed_weights(model: PreTrainedModel) -> Iterator[None]:
+    """No weight takes a gradient inside the block."""
+    was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(was_trainable[name])
+
+
 class SettableGates(Protocol):
     """Gates of any kind: values by group name."""
 
@@ -140,8 +153,6 @@ def gate_slopes(
         labels: Whose next tokens the loss asks for.
         seed: Of the drawn labels.
     """
-    was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(False)
     device = model.device
     values = {n: torch.ones(size, device=device, requires_grad=True) for n, size in sizes.items()}
     gates.set(values)
@@ -149,25 +160,24 @@ def gate_slopes(
     found = {n: torch.zeros(len(v), dtype=torch.float64) for n, v in values.items()}
     num_rows = 0
     try:
-        for row in rows:
-            if order == 2 and len(row) != 1:
-                raise ValueError(f"order 2 takes one row at a time, got {len(row)}")
-            row = row.to(device)
-            logits = model(input_ids=row, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-            wanted = row[:, 1:].reshape(-1)
-            if labels == "model":
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-                wanted = drawn.flatten()
-            loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
-            slopes = torch.autograd.grad(loss, list(values.values()))
-            for name, slope in zip(values, slopes, strict=True):
-                exact = slope.double().cpu()
-                found[name] += exact.square() / 2 if order == 2 else exact
-            num_rows += len(row)
+        with fixed_weights(model):
+            for row in rows:
+                if order == 2 and len(row) != 1:
+                    raise ValueError(f"order 2 takes one row at a time, got {len(row)}")
+                row = row.to(device)
+                logits = model(input_ids=row, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+                wanted = row[:, 1:].reshape(-1)
+                if labels == "model":
+                    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+                    wanted = drawn.flatten()
+                loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
+                slopes = torch.autograd.grad(loss, list(values.values()))
+                for name, slope in zip(values, slopes, strict=True):
+                    exact = slope.double().cpu()
+                    found[name] += exact.square() / 2 if order == 2 else exact
+                num_rows += len(row)
     finally:
         gates.set({name: value.detach() for name, value in values.items()})
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(was_trainable[name])
     return {name: value.abs() / max(1, num_rows) for name, value in found.items()}
 
 

@@ -129,7 +129,8 @@ def _flops(recipe: Recipe, unit_map: UnitMap, dense: Cost, pruned: Cost) -> floa
     if gates.prior != "none":
         rows = min(gates.prior_rows, recipe.calibration.num_rows)
         # a backward pass to the gates costs about what the forward pass does
-        total += rows * row * dense.flops * (2 if gates.prior == "fisher" else 1)
+        passes = {"fisher": 2, "integrated": 3}
+        total += rows * row * dense.flops * passes.get(gates.prior, 1)
     if recipe.compensation == "mean":
         total += min(gates.prior_rows, recipe.calibration.num_rows) * row * dense.flops
     step = 2 + (gates.train != "gates") + (gates.loss == "distillation")

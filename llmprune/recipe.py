@@ -270,7 +270,7 @@ class Recipe(Part):
             "recovery.train: lora": self.recovery.train != "all" and self.recovery.steps > 0,
             "gates.train: lora": self.gates.train == "lora",
             "export.format: per_layer": self.export.format != "uniform",
-            f"gates.prior: {self.gates.prior}": self.gates.prior == "omp",
+            f"gates.prior: {self.gates.prior}": self.gates.prior in ("omp", "integrated"),
             f"method: {self.method}": self.method not in BLOCK_METHODS,
         }
         for name, is_there in conflicts.items():

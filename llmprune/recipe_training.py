@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
-Prior = Literal["fisher", "activation", "omp", "none"]
+Prior = Literal["fisher", "integrated", "activation", "omp", "none"]
 
 
 class Part(BaseModel):
@@ -25,6 +25,9 @@ class GateTraining(Part):
     final budget from the first step; without it `capped` takes `at_once`, the others `gradual`.
     With `seeds` above 1 the gates are trained that often, on the rows in different orders, and
     their logits averaged.
+    `prior` is the importance whose logarithm the logits start from, on `prior_rows` rows: `fisher`
+    (the diagonal of the gates' Fisher information), `integrated` (gradients along a path on which
+    all gates close together), `activation` (activations and weights), `omp` (backward matching).
     `train` says what learns along with the logits. `dense`, `sparsify`, `sparse` are the shares of
     the steps in the phases of one cycle; `cycles` repeats it (the last sparse phase is the end).
     """

@@ -16,6 +16,7 @@ from llmprune.baselines import (
     taylor_scores,
 )
 from llmprune.compensation import UnitMeans
+from llmprune.integrated import integrated_scores
 from llmprune.recipe import Method, UnitKind
 from llmprune.recipe_training import Prior
 from llmprune.statistics import ActivationStatistics, collect_statistics
@@ -75,6 +76,8 @@ def score_units(
             means=means,
             seed=seed,
         )
+    if name == "integrated":
+        return integrated_scores(model, unit_map, over(task, rows.split(1)), kinds, means=means)
     metric = next(one for one in get_args(Metric) if one == name)
     if statistics is None:
         batches = over(task, rows.split(FORWARD_BATCH))

@@ -6,6 +6,7 @@ import torch
 
 from llmprune.baselines import taylor_scores
 from llmprune.gates import attach_gates
+from llmprune.integrated import integrated_slopes
 from llmprune.matching import refit_weights
 from llmprune.recipe import UNIT_KINDS
 from llmprune.scoring import score_units, unit_means
@@ -26,6 +27,7 @@ METHODS = (
     "block_influence",
     "omp",
     "fisher",
+    "integrated",
     "activation",
 )
 
@@ -168,6 +170,48 @@ def test_fisher_is_the_divergence_that_a_slightly_closed_gate_causes():
         gates.detach()
         divergence = float((dense.exp() * (dense - got)).sum())
         assert divergence == pytest.approx(float(score[name][unit]) * step**2, rel=0.1)
+
+
+@pytest.mark.parametrize("with_means", [False, True])
+def test_slopes_along_the_path_add_up_to_the_divergence_at_its_end(with_means):
+    model = tiny.tiny_model("llama")
+    unit_map = map_units(model)
+    means = unit_means(model, unit_map, torch.cat(rows())) if with_means else None
+    tokens = tiny.tokens(batch=1, length=10)
+    kinds, reach, points = ("kv_groups", "mlp_channels"), 0.8, 32
+    slopes = integrated_slopes(
+        model,
+        unit_map,
+        [tokens] * points,
+        kinds,
+        means=means,
+        reach=reach,
+        num_points=points,
+    )
+    dense = tiny.logits(model, tokens).log_softmax(-1)
+    gates = attach_gates(model, unit_map, kinds, means)
+    gates.set({n: torch.full((unit_map.groups[n].num_units,), 1 - reach) for n in slopes})
+    got = tiny.logits(model, tokens).log_softmax(-1)
+    gates.detach()
+    divergence = float((dense.exp() * (dense - got)).sum())
+    total = -reach * sum(float(slope.sum()) for slope in slopes.values())
+    assert total == pytest.approx(divergence, rel=0.01)
+
+
+def test_integrated_scores_are_the_sizes_of_the_slopes():
+    model = tiny.tiny_model("llama")
+    kinds = ("kv_groups", "mlp_channels")
+    slopes = integrated_slopes(model, map_units(model), torch.cat(rows()).split(1), kinds)
+    scores = scores_of("integrated", model, kinds)
+    for name, slope in slopes.items():
+        assert torch.allclose(scores[name], slope.abs(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("reach", [0.0, 1.5])
+def test_a_path_must_go_somewhere_and_end_at_zero(reach):
+    model = tiny.tiny_model("llama")
+    with pytest.raises(ValueError, match="reach must be in"):
+        integrated_slopes(model, map_units(model), rows(), ("heads",), reach=reach)
 
 
 def test_flap_divided_by_parameters_ranks_by_mean_standardised_fluctuation():

@@ -394,7 +394,7 @@ def silence(model, group, units):
                     model.get_parameter(name).zero_()
 
 
-@pytest.mark.parametrize("prior", ["fisher", "activation", "none"])
+@pytest.mark.parametrize("prior", ["fisher", "integrated", "activation", "none"])
 @pytest.mark.parametrize(
     ("kind", "dead", "sparsity"),
     [
