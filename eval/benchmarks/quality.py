@@ -28,6 +28,8 @@ NAME = "quality-smollm2-135m"
 # The other controls stand in the main block alone.
 GRADUAL = "gradual"
 METHODS = [name for name, one in CONTENDERS.items() if not one.is_control or name == GRADUAL]
+ABLATIONS = ["sequential_attention", "gradual", "prior_alone"]
+ABLATIONS += [name for name, one in CONTENDERS.items() if one.is_ablation]
 
 # Who is trained after the cut: the best baseline of the main block, and the nearest control.
 FURTHEST = ["sequential_attention", "taylor_squared", GRADUAL]
@@ -35,11 +37,17 @@ FURTHEST = ["sequential_attention", "taylor_squared", GRADUAL]
 
 @dataclass(frozen=True)
 class Part:
-    """A block and how far it goes."""
+    """A block and how far it goes; `title` is for a table apart from the block's own."""
 
     block: str
     methods: list[str] | None
     extent: Extent
+    title: str | None = None
+
+    @property
+    def table(self) -> str:
+        """What its table is called."""
+        return self.title or self.block
 
 
 PARTS = {
@@ -50,6 +58,13 @@ PARTS = {
     "recovery": Part("main-25", FURTHEST, Extent(refit="best:2", recover="best:2")),
     "seeds": Part("main-25", None, Extent(refit="best:4", recover="best:3", seeds=3)),
     "c4": Part("main-25-c4", METHODS, Extent(refit="best:2")),
+    "ablations": Part("main-25", ABLATIONS, Extent(refit="best:0"), title="main-25-ablations"),
+    "final": Part(
+        "main-25",
+        FURTHEST,
+        Extent(refit="best:2", recover="best:2", final_windows=0),
+        title="main-25-whole-test-set",
+    ),
 }
 
 
@@ -72,7 +87,7 @@ def recipe_of(block: str, arguments: argparse.Namespace) -> Recipe:
 def run(part: Part, arguments: argparse.Namespace, *, report_only: bool) -> Comparison:
     """One part, or what is there of it."""
     return compare(
-        {part.block: recipe_of(part.block, arguments)},
+        {part.table: recipe_of(part.block, arguments)},
         arguments.out,
         part.methods,
         extent=part.extent,
@@ -93,7 +108,7 @@ def main() -> None:
     names = [name for name in arguments.parts.split(",") if name]
     for name in [] if arguments.report else names:
         run(PARTS[name], arguments, report_only=False)
-    furthest = {PARTS[name].block: PARTS[name] for name in PARTS if name in names}
+    furthest = {PARTS[name].table: PARTS[name] for name in PARTS if name in names}
     tables = [t for one in furthest.values() for t in run(one, arguments, report_only=True).blocks]
     command = f"python eval/benchmarks/quality.py --out FOLDER --parts {arguments.parts}"
     whole = Comparison(tuple(tables), command)

@@ -20,19 +20,25 @@ class Contender:
         label: For tables.
         changes: The recipe as a mapping -> the same with the method in it.
         is_control: A form of SequentialAttention++ with a part taken out, no method of its own.
+        is_ablation: A control that is compared only where it is named.
     """
 
     label: str
     changes: Callable[[dict[str, Any]], dict[str, Any]]
     is_control: bool = False
+    is_ablation: bool = False
 
 
 def _named(method: Method) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda recipe: recipe | {"method": method}
 
 
-def _gates(**changes: str | float) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _gates(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda recipe: recipe | {"method": SEQUENTIAL, "gates": recipe["gates"] | changes}
+
+
+def _ablation(label: str, **changes: Any) -> Contender:
+    return Contender(f"SA++: {label}", _gates(**changes), is_control=True, is_ablation=True)
 
 
 def _whole_layers(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -84,17 +90,27 @@ CONTENDERS: Mapping[str, Contender] = {
         ),
         is_control=True,
     ),
+    "next_token": _ablation("trained on the next tokens, no teacher", loss="next_token"),
+    "soft": _ablation("temperature up to 4, gates still soft at the end", temperature=(1.0, 4.0)),
+    "larger_batches": _ablation("half the steps, twice the rows in each", steps=20, batch_size=4),
+    "no_prior": _ablation("no prior", prior="none"),
+    "activation_prior": _ablation("prior from activations", prior="activation"),
+    "integrated_prior": _ablation("prior from integrated gradients", prior="integrated"),
+    "integrated_alone": _ablation(
+        "prior from integrated gradients, no training", prior="integrated", steps=0
+    ),
 }
 assert set(get_args(Method)) <= set(CONTENDERS)
 
 
 def check_methods(methods: Iterable[str] | None) -> tuple[str, ...]:
-    """The methods in the order of `CONTENDERS`.
+    """The methods in the order of `CONTENDERS`; without names all but the ablations.
 
     Raises:
         InputError: There is no method of that name, or none at all.
     """
-    wanted = list(CONTENDERS) if methods is None else list(methods)
+    wanted = [name for name, one in CONTENDERS.items() if not one.is_ablation]
+    wanted = wanted if methods is None else list(methods)
     for name in wanted:
         if name not in CONTENDERS:
             known = ", ".join(CONTENDERS)

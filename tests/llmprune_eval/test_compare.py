@@ -16,6 +16,7 @@ from llmprune.recipe import Recipe
 from llmprune_eval import compare as module
 from llmprune_eval import stored_scores, workbench
 from llmprune_eval.compare import CONTENDERS, Extent, compare
+from llmprune_eval.contenders import variant
 
 torch.set_num_threads(1)
 WORDS = ["<unk>", "the", "cat", "sat", "on", "mat", "a", "dog", "ran", "far"]
@@ -94,7 +95,7 @@ def test_every_method_runs_once_and_stands_in_the_table(recipe, tmp_path, work):
     compare({"both": recipe, "heads": other}, out)
     text = (out / "comparison.md").read_text()
     for contender in CONTENDERS.values():
-        assert text.count(f"| {contender.label} |") == 2, contender
+        assert text.count(f"| {contender.label} |") == 2 * (not contender.is_ablation), contender
     figures = json.loads((out / "comparison.json").read_text())["blocks"][0]["rows"]
     for row in figures:
         assert set(row["stages"]) == {"compensated", "refit"}, row["method"]
@@ -116,6 +117,21 @@ def test_every_method_runs_once_and_stands_in_the_table(recipe, tmp_path, work):
     compare({"both": recipe, "heads": other}, out, report_only=True)
     assert work == done
     assert (out / "comparison.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_ablations_run_where_they_are_named(recipe, tmp_path):
+    names = [name for name, one in CONTENDERS.items() if one.is_ablation]
+    out = tmp_path / "out"
+    extent = Extent(refit="best:0")
+    found = compare({"one": recipe}, out, ["sequential_attention", *names], extent=extent)
+    rows = {row.method: row for row in found.blocks[0].rows}
+    assert set(rows) == {"sequential_attention", *names}
+    for name in names:
+        assert rows[name].is_control
+        assert rows[name].mean("compensated") > 1, name
+    settings = {variant(recipe, name).gates for name in names}
+    assert len(settings | {recipe.gates}) == len(names) + 1
 
 
 def test_the_best_go_on_to_the_next_stage(recipe, tmp_path):
