@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmprune.block_gates import BlockGates, gated
+from llmprune.block_reconstruction import reconstruct_blocks
 from llmprune.block_scores import score_blocks
 from llmprune.calibration import CalibrationSet
 from llmprune.checkpoint import cast_parameters, load_weights, save_pruned
@@ -22,9 +23,11 @@ from llmprune.run_folder import RunFolder, identity_of
 from llmprune.run_steps import Watch, read_calibration
 from llmprune.scores import UnitScores
 from llmprune.sources import LoadedModel
+from llmprune.streams import even_batches
 from llmprune.trained_weights import TrainedWeights
 from llmprune.training import GateRun, teacher_of, train_gates
 from llmprune.unit_pruning import REFERENCE_LENGTH
+from llmprune.units import map_units
 from llmprune.verification import largest_difference, record_reference, reference_logits
 from llmprune.weight_blocks import (
     BlockMap,
@@ -178,10 +181,22 @@ def _zero_and_recover(
         zero_blocks(pruned, plan)
         difference = largest_difference(reference_logits(pruned, tokens), logits)
     dtype = getattr(torch, recipe.export.dtype)
-    is_final = recipe.recovery.steps == 0 and dtype == pruned.dtype
-    if recipe.recovery.steps:
+    refit = recipe.reconstruction
+    is_final = refit is None and recipe.recovery.steps == 0 and dtype == pruned.dtype
+    if refit is not None or recipe.recovery.steps:
         # small changes add up in float32 and are lost in 16 bits
         cast_parameters(pruned, torch.float32)
+    if refit is not None:
+        reconstruct_blocks(
+            pruned,
+            dense.model,
+            map_units(dense.model),
+            plan,
+            batches=even_batches(rows.rows[: refit.num_rows]),
+            ridge=refit.ridge,
+            on_layer=lambda done, total: watch.on_progress("reconstruction", done, total),
+        )
+    if recipe.recovery.steps:
         # the closed gates stay on: what is zero gets no gradient, and stays zero
         recover(
             pruned,
@@ -190,6 +205,7 @@ def _zero_and_recover(
             accelerator=watch.accelerator,
             teacher=dense.model,
             on_step=watch.steps("recovery", folder),
+            first_row=0 if refit is None else refit.num_rows,
         )
         zero_blocks(pruned, plan)
     gates.detach()

@@ -266,7 +266,6 @@ class Recipe(Part):
             f"prune.{next(iter(rules), '')}": bool(rules),
             "budget": self.budget is not None,
             "compensation: mean": self.compensation != "none",
-            "reconstruction": self.reconstruction is not None,
             "recovery.train: lora": self.recovery.train != "all" and self.recovery.steps > 0,
             "gates.train: lora": self.gates.train == "lora",
             "export.format: per_layer": self.export.format != "uniform",

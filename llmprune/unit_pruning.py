@@ -16,7 +16,7 @@ from llmprune.latency import Measure, Promise, table_for
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Method, Recipe
 from llmprune.recipe_training import Prior
-from llmprune.reconstruction import even_batches, reconstruct
+from llmprune.reconstruction import reconstruct
 from llmprune.recovery import recover
 from llmprune.run_folder import RunFolder, identity_of
 from llmprune.run_steps import Found, Watch, read_calibration, read_means
@@ -24,6 +24,7 @@ from llmprune.scores import UnitScores
 from llmprune.scoring import score_units
 from llmprune.selection import Pool, choose, pools
 from llmprune.sources import LoadedModel, load_dense
+from llmprune.streams import even_batches
 from llmprune.surgery import cut
 from llmprune.targets import target_widths, targets_of
 from llmprune.trained_weights import TrainedWeights

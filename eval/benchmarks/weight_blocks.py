@@ -2,10 +2,12 @@
 
     python eval/benchmarks/weight_blocks.py --out FOLDER --model SOURCE --data FOLDER [--parts ...]
 
-Part `choice`: half and 70 % of the MLPs' blocks go, in three block shapes, by every method on the
-same rows, weights as they are. Part `recovery`: the same training rows for all after the choice,
-beside the alternation of dense and sparse phases by magnitude (ACDC-style). --data is a folder with
-wikitext2/wiki.train.head.raw and wiki.test.raw. A row that is in --out is not computed again.
+Half and 70 % of the MLPs' blocks go, in three block shapes, by every method on the same rows. Parts
+are stages, each on top of the one before: `choice` (weights as they are), `refit` (least squares on
+what stays), `recovered` (the same training rows for all, 64x64 alone, beside ways that train all
+along: magnitude masks that close and open again, ACDC-style, and gates and weights together).
+--data is a folder with wikitext2/wiki.train.head.raw and wiki.test.raw. What is in --out is not
+computed again.
 """
 
 from __future__ import annotations
@@ -19,15 +21,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from llmprune.block_gates import BlockGates
 from llmprune.block_pruning import prune_blocks
+from llmprune.block_reconstruction import reconstruct_blocks
 from llmprune.checkpoint import load_pruned
 from llmprune.files import save_text
 from llmprune.recipe import Recipe
+from llmprune.recipe_training import Reconstruction
+from llmprune.recovery import recover
 from llmprune.run_folder import RunFolder
-from llmprune.run_steps import Watch
+from llmprune.run_steps import Watch, read_calibration
 from llmprune.sources import LoadedModel, load_dense
+from llmprune.streams import even_batches
 from llmprune.texts import read_texts, resolve_text
 from llmprune.training import start_accelerator
+from llmprune.units import map_units
+from llmprune.weight_blocks import BlockPlan, map_blocks, zero_blocks
 from llmprune_eval.perplexity import Perplexity, encode, measure_perplexity, paired_ratio
 from llmprune_eval.report import environment
 
@@ -38,6 +47,8 @@ SPARSITIES = (0.5, 0.7)
 # Rows that scores look at, in all methods; gate steps are 40 of 2 rows.
 NUM_ROWS = 64
 RECOVERY_STEPS = 60
+# The refit's rows are the first of these; recovery begins behind them.
+REFIT_ROWS = 32
 # As many rows as 40 gate steps of 2 and the recovery steps together.
 ACDC_STEPS = 140
 ACDC = {
@@ -78,31 +89,34 @@ METHODS = {
 }
 
 OURS = ("sequential_attention", "joint")
+STAGES = ("choice", "refit", "recovered")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One cell of the table: a block shape, a sparsity, a method, with recovery or without."""
+class Case:
+    """Whose choice of which blocks: a block shape, a sparsity, a method."""
 
     block: tuple[int, int]
     sparsity: float
     method: str
-    recovered: bool
 
     @property
     def key(self) -> str:
-        """Name of its folder and file."""
-        stage = "recovered" if self.recovered else "choice"
-        return f"{self.block[0]}x{self.block[1]}-{self.sparsity:g}-{self.method}-{stage}"
+        """Name of its folder and files."""
+        return f"{self.block[0]}x{self.block[1]}-{self.sparsity:g}-{self.method}"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """How far it goes."""
+        if self.method in WHOLE:
+            return ("recovered",)
+        return STAGES if self.block == BLOCKS[0] else STAGES[:2]
 
 
-def recipe_of(row: Row, arguments: argparse.Namespace) -> Recipe:
-    """The recipe of a row."""
+def recipe_of(case: Case, arguments: argparse.Namespace) -> Recipe:
+    """The recipe of a case: choice, refit and recovery."""
     wiki = Path(arguments.data) / "wikitext2"
     gates: dict[str, Any] = {"steps": 40, "batch_size": 2, "micro_batch_size": 1}
-    steps = RECOVERY_STEPS if row.recovered else 0
-    if row.method in WHOLE:
-        gates, steps = WHOLE[row.method], 0
     return Recipe.parse(
         {
             "model": {"source": arguments.model},
@@ -111,10 +125,11 @@ def recipe_of(row: Row, arguments: argparse.Namespace) -> Recipe:
                 "num_rows": NUM_ROWS,
                 "row_length": 512,
             },
-            "prune": {"weight_blocks": {"block": list(row.block), "sparsity": row.sparsity}},
-            "method": "sequential_attention" if row.method in WHOLE else row.method,
-            "gates": gates,
-            "recovery": {"steps": steps, "batch_size": 1, "learning_rate": 2.0e-4},
+            "prune": {"weight_blocks": {"block": list(case.block), "sparsity": case.sparsity}},
+            "method": "sequential_attention" if case.method in WHOLE else case.method,
+            "gates": WHOLE.get(case.method, gates),
+            "reconstruction": {"num_rows": REFIT_ROWS},
+            "recovery": {"steps": RECOVERY_STEPS, "batch_size": 1, "learning_rate": 2.0e-4},
             "training": {"mixed_precision": "bf16"},
             "evaluation": {
                 "perplexity": [
@@ -140,28 +155,77 @@ def measure(model: Any, recipe: Recipe, tokenizer: Any) -> Perplexity:
     return measure_perplexity(model, ids, window=task.window, max_windows=task.max_windows)
 
 
-def compute(row: Row, arguments: argparse.Namespace) -> None:
-    """Prune as the row says and measure, where --out does not hold that yet."""
-    file = Path(arguments.out) / f"{row.key}.json"
-    if file.is_file():
+def compute(case: Case, wanted: set[str], arguments: argparse.Namespace) -> None:
+    """Prune as the case says and measure stage by stage, where --out does not hold that yet."""
+    stages = [stage for stage in case.stages if stage in wanted]
+    if all(file_of(case, stage, arguments).is_file() for stage in stages):
         return
-    print(f"{row.key} ...", flush=True)
-    recipe = recipe_of(row, arguments)
+    print(f"{case.key} ...", flush=True)
+    whole = recipe_of(case, arguments)
+    only = {"reconstruction": None, "recovery": whole.recovery.model_copy(update={"steps": 0})}
+    recipe = whole.model_copy(update=only)
     dense = dense_model(arguments.model)
     watch = Watch(start_accelerator(recipe.training, recipe.seed), lambda *progress: None)
-    path = Path(arguments.out) / "runs" / row.key
+    path = Path(arguments.out) / "runs" / case.key
     folder = RunFolder.begin(path, recipe, resume=True)
-    chosen = path.with_name(path.name.replace("-recovered", "-choice"))
-    if row.recovered and (chosen / "plan.json").is_file():
-        shutil.copy(chosen / "plan.json", path / "plan.json")
     start = time.perf_counter()
     prune_blocks(recipe, folder, dense, watch)
-    seconds = time.perf_counter() - start
-    found = measure(load_pruned(path), recipe, dense.tokenizer)
-    result = {"perplexity": asdict(found), "seconds": round(seconds)}
-    save_text(json.dumps(result) + "\n", file)
+    model = load_pruned(path)
+    model.requires_grad_(True)
+    rows = read_calibration(recipe, dense, folder, watch)
+    plan = BlockPlan.read(path / "plan.json")
+    if case.method not in WHOLE:
+        start = keep(case, "choice", model, start, arguments)
+    if "refit" in stages:
+        reconstruct_blocks(
+            model,
+            dense.model,
+            map_units(dense.model),
+            plan,
+            batches=even_batches(rows.rows[:REFIT_ROWS]),
+            ridge=Reconstruction().ridge,
+        )
+        start = keep(case, "refit", model, start, arguments)
+    if "recovered" in stages:
+        if case.method not in WHOLE:
+            rule = recipe.prune.weight_blocks
+            assert rule is not None
+            gates = BlockGates(model, map_blocks(model, rule))
+            gates.set_plan(plan)
+            recover(
+                model,
+                rows,
+                recipe=whole,
+                accelerator=watch.accelerator,
+                teacher=dense.model,
+                on_step=lambda *progress: None,
+                first_row=REFIT_ROWS,
+            )
+            zero_blocks(model, plan)
+            gates.detach()
+        keep(case, "recovered", model, start, arguments)
     shutil.rmtree(path / "model")
-    print(f"{row.key}: {found.value:.2f} in {seconds:.0f} s", flush=True)
+
+
+def file_of(case: Case, stage: str, arguments: argparse.Namespace) -> Path:
+    """Where a figure is kept."""
+    return Path(arguments.out) / f"{case.key}-{stage}.json"
+
+
+def keep(case: Case, stage: str, model: Any, start: float, arguments: argparse.Namespace) -> float:
+    """Measure a stage that began at `start` and write its figure; when the next one begins."""
+    seconds = round(time.perf_counter() - start)
+    file = file_of(case, stage, arguments)
+    if not file.is_file():
+        found = measure(model, recipe_of(case, arguments), dense_model(arguments.model).tokenizer)
+        result = {
+            "perplexity": asdict(found),
+            "seconds": seconds,
+            "environment": environment("cpu", "float32"),
+        }
+        save_text(json.dumps(result) + "\n", file)
+        print(f"{case.key}, {stage}: {found.value:.2f} in {seconds} s", flush=True)
+    return time.perf_counter()
 
 
 def measure_dense(arguments: argparse.Namespace) -> Perplexity:
@@ -171,48 +235,48 @@ def measure_dense(arguments: argparse.Namespace) -> Perplexity:
         return Perplexity(**json.loads(file.read_text()))
     dense = dense_model(arguments.model)
     found = measure(
-        dense.model, recipe_of(Row(BLOCKS[0], 0.5, "magnitude", False), arguments), dense.tokenizer
+        dense.model, recipe_of(Case(BLOCKS[0], 0.5, "magnitude"), arguments), dense.tokenizer
     )
     save_text(json.dumps(asdict(found)) + "\n", file)
     return found
 
 
-def rows_of(parts: list[str]) -> list[Row]:
-    """The rows of some parts, most telling first."""
-    rows = []
-    if "choice" in parts:
-        plain = [name for name in METHODS if name not in WHOLE]
-        rows += [Row(b, s, m, False) for b in BLOCKS for s in SPARSITIES for m in plain]
-    if "recovery" in parts:
-        rows += [Row(BLOCKS[0], s, m, True) for s in SPARSITIES for m in METHODS]
-    return rows
+def all_cases() -> list[Case]:
+    """What is to be computed, most telling first."""
+    cases = [Case(BLOCKS[0], sparsity, method) for sparsity in SPARSITIES for method in METHODS]
+    plain = [method for method in METHODS if method not in WHOLE]
+    return cases + [Case(b, s, m) for s in SPARSITIES for b in BLOCKS[1:] for m in plain]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a row gave."""
+    """What a stage gave."""
 
     perplexity: Perplexity
     seconds: int
+    about: str
 
 
 Column = tuple[tuple[int, int], float]
 
 
-def read(arguments: argparse.Namespace) -> dict[Row, Found]:
-    """All rows that are there."""
-    found = {}
-    for row in rows_of(["choice", "recovery"]):
-        file = Path(arguments.out) / f"{row.key}.json"
-        if file.is_file():
-            data = json.loads(file.read_text())
-            found[row] = Found(Perplexity(**data["perplexity"]), data["seconds"])
+def read(arguments: argparse.Namespace) -> dict[str, dict[Case, Found]]:
+    """All figures that are there, by stage."""
+    found: dict[str, dict[Case, Found]] = {stage: {} for stage in STAGES}
+    for case in all_cases():
+        for stage in case.stages:
+            file = file_of(case, stage, arguments)
+            if file.is_file():
+                data = json.loads(file.read_text())
+                about = "; ".join(f"{key} {value}" for key, value in data["environment"].items())
+                perplexity = Perplexity(**data["perplexity"])
+                found[stage][case] = Found(perplexity, data["seconds"], about)
     return found
 
 
-def report(found: dict[Row, Found], dense: Perplexity) -> str:
+def report(found: dict[str, dict[Case, Found]], dense: Perplexity) -> str:
     """Markdown of all that is there."""
-    about = "; ".join(f"{key} {value}" for key, value in environment("cpu", "float32").items())
+    abouts = sorted({one.about for stage in found.values() for one in stage.values()})
     lines = [
         "# Which weight blocks to keep: SmolLM2-135M-Instruct",
         "",
@@ -224,15 +288,17 @@ def report(found: dict[Row, Found], dense: Perplexity) -> str:
         "are 64x64 there.",
         "",
     ]
-    for recovered, title in TITLES.items():
-        rows = {row: value for row, value in found.items() if row.recovered == recovered}
+    for stage, title in TITLES.items():
+        rows = found[stage]
         if rows:
             lines += [f"## {title[0]}", "", *title[1:], *_table(rows), "", *_ratios(rows), ""]
     return "\n".join(
         [
             *lines,
-            "Seconds are of pruning alone, one thread on a machine that others used. Made by "
-            f"`{COMMAND}`; {about}.",
+            "Seconds are of the stage alone, one thread on a machine that others used. Made by "
+            f"`{COMMAND}`.",
+            "",
+            *(f"- {about}" for about in abouts),
             "",
         ]
     )
@@ -240,28 +306,35 @@ def report(found: dict[Row, Found], dense: Perplexity) -> str:
 
 COMMAND = "python eval/benchmarks/weight_blocks.py"
 TITLES = {
-    False: (
+    "choice": (
         "Choice alone: no weight is changed",
-        "So many blocks at once, and nothing trained after it, is more than the model survives: no "
+        "So many blocks at once, and nothing done about it, is more than the model survives: no "
         "figure here is of a model to use. They say who breaks it less.",
         "",
     ),
-    True: (
+    "refit": (
+        "After the refit",
+        f"What stays of every projection is refitted by least squares on {REFIT_ROWS} rows, layer "
+        "by layer, to what the dense layer makes of the same stream (`reconstruction`).",
+        "",
+    ),
+    "recovered": (
         "After training",
-        f"{RECOVERY_STEPS} steps of one row (distillation, all weights) after each choice. "
+        f"{RECOVERY_STEPS} steps of one row (distillation, all weights) after each refit. "
         f"ACDC-style and the way in which weights learn along train in all their {ACDC_STEPS} "
-        "steps, as many rows as gate and recovery steps of SequentialAttention++ together; in the "
-        "first magnitude masks close three times, in the second gates shrink once.",
+        "steps, as many rows as gate and recovery steps of SequentialAttention++ together, and "
+        "have no refit; in the first magnitude masks close three times, in the second gates shrink "
+        "once.",
         "",
     ),
 }
 
 
-def _columns(rows: dict[Row, Found]) -> list[Column]:
+def _columns(rows: dict[Case, Found]) -> list[Column]:
     return sorted({(row.block, row.sparsity) for row in rows}, key=lambda c: (c[1], c[0]))
 
 
-def _table(rows: dict[Row, Found]) -> list[str]:
+def _table(rows: dict[Case, Found]) -> list[str]:
     columns = _columns(rows)
     heads = " | ".join(f"{b[0]}x{b[1]}, {s:.0%} zero" for b, s in columns)
     lines = [f"| method | {heads} | seconds |", "|---|" + "---:|" * (len(columns) + 1)]
@@ -281,11 +354,11 @@ def _table(rows: dict[Row, Found]) -> list[str]:
     return lines
 
 
-def _of_column(rows: dict[Row, Found], column: Column) -> dict[str, Found]:
+def _of_column(rows: dict[Case, Found], column: Column) -> dict[str, Found]:
     return {r.method: v for r, v in rows.items() if (r.block, r.sparsity) == column}
 
 
-def _ratios(rows: dict[Row, Found]) -> list[str]:
+def _ratios(rows: dict[Case, Found]) -> list[str]:
     """The best of SequentialAttention++ over the best of the others, with a paired interval."""
     lines = []
     for block, sparsity in _columns(rows):
@@ -310,13 +383,15 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--parts", default="choice,recovery")
+    parser.add_argument("--parts", default=",".join(STAGES))
+    parser.add_argument("--cases", default="", help="only names that hold this")
     parser.add_argument("--report", action="store_true", help="compute nothing")
     arguments = parser.parse_args()
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
     dense = measure_dense(arguments)
-    for row in [] if arguments.report else rows_of(arguments.parts.split(",")):
-        compute(row, arguments)
+    for case in [] if arguments.report else all_cases():
+        if arguments.cases in case.key:
+            compute(case, set(arguments.parts.split(",")), arguments)
     RESULTS.mkdir(exist_ok=True)
     save_text(report(read(arguments), dense), RESULTS / f"{NAME}.md")
     print(f"wrote {RESULTS / NAME}.md")

@@ -20,11 +20,12 @@ from llmprune.errors import InputError
 from llmprune.files import save_tensors, save_text
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe, UnitKind
-from llmprune.reconstruction import even_batches, reconstruct
+from llmprune.reconstruction import reconstruct
 from llmprune.recovery import recover
 from llmprune.run_folder import RunFolder
 from llmprune.run_steps import Found, OnProgress, Watch
 from llmprune.selection import choose, pools
+from llmprune.streams import even_batches
 from llmprune.surgery import cut
 from llmprune.targets import Targets, target_widths, targets_of
 from llmprune.unit_pruning import train_scores

@@ -6,7 +6,8 @@ import torch
 
 from llmprune.checkpoint import cast_parameters
 from llmprune.plan import PrunePlan
-from llmprune.reconstruction import even_batches, reconstruct
+from llmprune.reconstruction import reconstruct
+from llmprune.streams import even_batches
 from llmprune.surgery import cut
 from llmprune.units import map_units
 

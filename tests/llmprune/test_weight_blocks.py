@@ -337,7 +337,6 @@ BASE = {"model": {"source": "x"}, "prune": {"weight_blocks": {"sparsity": 0.5}}}
         ),
         ({"budget": {"sparsity": 0.5}}, "budget"),
         ({"compensation": "mean"}, "compensation: mean"),
-        ({"reconstruction": {}}, "reconstruction"),
         ({"recovery": {"train": "lora", "steps": 1}}, "recovery.train: lora"),
         ({"gates": {"train": "lora"}}, "gates.train: lora"),
         ({"export": {"format": "per_layer"}}, "export.format: per_layer"),
