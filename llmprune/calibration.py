@@ -97,6 +97,15 @@ class CalibrationSet:
         order = torch.randperm(len(self.rows), generator=_generator(self.seed, f"order {index}"))
         return replace(self, rows=self.rows[order])
 
+    def mixed_with(self, other: CalibrationSet) -> CalibrationSet:
+        """The rows of both in one order, a pure function of the seed; the corpus stays this one's.
+
+        The other rows come from no corpus that could be measured on.
+        """
+        rows = torch.cat([self.rows, other.rows])
+        order = torch.randperm(len(rows), generator=_generator(self.seed, "mix"))
+        return replace(self, rows=rows[order], name=f"{self.name} and {other.name}")
+
     def fingerprint(self) -> str:
         """The sha256 of the rows and their shape, in hex."""
         digest = hashlib.sha256(str(tuple(self.rows.shape)).encode())

@@ -17,7 +17,7 @@ from llmprune.precision import faster_precision
 from llmprune.recipe import ModelSource, Recipe
 from llmprune.sources import load_config
 from llmprune.targets import Targets, target_widths, targets_of
-from llmprune.texts import SELF_GENERATED, resolve_text
+from llmprune.texts import num_self_generated, resolve_text
 from llmprune.units import UnitMap, map_units
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ def _flops(recipe: Recipe, unit_map: UnitMap, dense: Cost, pruned: Cost) -> floa
     taken = faster_precision() if taken == "auto" else taken
     gain = BF16_TRAINING_GAIN if taken == "bf16" else 1.0
     total = 0.0
-    if resolve_text(recipe.calibration).dataset == SELF_GENERATED:
-        total += recipe.calibration.num_rows * row * dense.flops * DECODE_PENALTY
+    own = num_self_generated(resolve_text(recipe.calibration))
+    total += own * row * dense.flops * DECODE_PENALTY
     if gates.prior != "none":
         rows = min(gates.prior_rows, recipe.calibration.num_rows)
         # a backward pass to the gates costs about what the forward pass does

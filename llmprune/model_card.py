@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmprune.publication import RUN_FOLDER, Publication, is_hub_dataset, local_parts
 from llmprune.recipe import Recipe
-from llmprune.texts import text_name
+from llmprune.texts import calibration_name, text_name
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -132,8 +132,8 @@ def _limits(
     limits = [
         "Pruning costs quality: read the table before using the model. What is not in it was not "
         "measured, instruction following, safety and other languages included.",
-        f"A model is pruned for the text it is calibrated on, here {text_name(recipe.calibration)}."
-        " Figures marked in-domain are of the same corpus and look better than others would.",
+        "A model is pruned for the text it is calibrated on, here "
+        f"{calibration_name(recipe.calibration)}. Figures marked in-domain are of the same corpus and look better than others would.",
         f"Times and memory are of the machine named below the table "
         f"({report.environment.get('device', 'not recorded')}); other machines differ.",
     ]
@@ -194,7 +194,8 @@ def _protocol(recipe: Recipe, verification: Verification) -> list[str]:
     kinds = ", ".join(kind.replace("_", " ") for kind in recipe.prune.rules())
     lines = [
         f"Dense model: `{source}`, in {recipe.model.dtype}.",
-        f"Calibration: {rows.num_rows} rows of {rows.row_length} tokens of {text_name(rows)}.",
+        f"Calibration: {rows.num_rows} rows of {rows.row_length} tokens of "
+        f"{calibration_name(rows)}.",
         f"What could go: {kinds}; {_budget(recipe)}.",
         f"Chosen by {method}, seed {recipe.seed}.",
     ]

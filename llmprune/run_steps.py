@@ -17,7 +17,7 @@ from llmprune.run_folder import RunFolder
 from llmprune.scoring import unit_means
 from llmprune.self_generated import sample_rows, self_generated_set
 from llmprune.sources import LoadedModel
-from llmprune.texts import SELF_GENERATED, corpus_of, read_texts, resolve_text, text_name
+from llmprune.texts import corpus_of, num_self_generated, read_texts, resolve_text, text_name
 from llmprune.units import UnitMap
 
 if TYPE_CHECKING:
@@ -77,28 +77,45 @@ def read_calibration(
 ) -> CalibrationSet:
     """The rows that gates and weights are trained on."""
     source = resolve_text(recipe.calibration)
-    sizes = {"num_rows": source.num_rows, "row_length": source.row_length, "seed": recipe.seed}
-    if source.dataset == SELF_GENERATED:
-
-        def sample() -> Tensor:
-            with watch.accelerator.autocast():
-                on_token = partial(watch.on_progress, "calibration text")
-                return sample_rows(dense.model, **sizes, on_token=on_token)
-
-        with watch.accelerator.main_process_first():
-            return self_generated_set(
-                folder.file("calibration.safetensors"),
-                sample,
-                seed=recipe.seed,
-                may_write=watch.accelerator.is_main_process,
-            )
-    return CalibrationSet.from_texts(
+    num_own = num_self_generated(source)
+    own = _own_rows(num_own, recipe, dense, folder, watch) if num_own else None
+    if num_own == source.num_rows:
+        assert own is not None
+        return own
+    texts = CalibrationSet.from_texts(
         read_texts(source),
         dense.tokenizer,
-        **sizes,
+        num_rows=source.num_rows - num_own,
+        row_length=source.row_length,
+        seed=recipe.seed,
         name=text_name(source),
         corpus=corpus_of(source),
     )
+    return texts if own is None else texts.mixed_with(own)
+
+
+def _own_rows(
+    num_rows: int, recipe: Recipe, dense: LoadedModel, folder: RunFolder, watch: Watch
+) -> CalibrationSet:
+    """Rows that the dense model writes, sampled once a run."""
+
+    def sample() -> Tensor:
+        with watch.accelerator.autocast():
+            return sample_rows(
+                dense.model,
+                num_rows=num_rows,
+                row_length=recipe.calibration.row_length,
+                seed=recipe.seed,
+                on_token=partial(watch.on_progress, "calibration text"),
+            )
+
+    with watch.accelerator.main_process_first():
+        return self_generated_set(
+            folder.file("calibration.safetensors"),
+            sample,
+            seed=recipe.seed,
+            may_write=watch.accelerator.is_main_process,
+        )
 
 
 def read_means(

@@ -56,6 +56,24 @@ def resolve_text(text: Text) -> Text:
     return text
 
 
+def num_self_generated(calibration: Calibration) -> int:
+    """Rows that the dense model writes itself; `calibration` is what `resolve_text` gave.
+
+    Raises:
+        InputError: The share leaves the data set no row.
+    """
+    if calibration.dataset == SELF_GENERATED:
+        return calibration.num_rows
+    share = calibration.self_generated or 0.0
+    own = round(share * calibration.num_rows)
+    if own == calibration.num_rows:
+        raise InputError(
+            f"calibration.self_generated must leave the data set a row, got {share:g} of "
+            f"{calibration.num_rows} rows; lower it, or take dataset: {SELF_GENERATED}"
+        )
+    return own
+
+
 def read_texts(text: TextSource) -> list[str]:
     """The documents of a text source, in order.
 
@@ -93,6 +111,15 @@ def text_name(text: TextSource) -> str:
     if _is_file(text.dataset):
         return Path(text.dataset).name
     return "/".join(part for part in (text.dataset, text.config, text.split) if part)
+
+
+def calibration_name(calibration: Calibration) -> str:
+    """The data set's name, and the share of the rows that the dense model wrote, if any."""
+    name = text_name(calibration)
+    share = calibration.self_generated
+    if share is None or calibration.dataset == SELF_GENERATED:
+        return name
+    return f"{name} ({share:.0%} of the rows self-generated)"
 
 
 def corpus_of(text: TextSource) -> str:

@@ -12,7 +12,7 @@ from llmprune.files import save_text
 from llmprune.recipe import PerplexityTask, Recipe
 from llmprune.run_folder import settle_precision
 from llmprune.run_steps import OnProgress, silent
-from llmprune.texts import corpus_of, resolve_text, text_name
+from llmprune.texts import calibration_name, corpus_of, resolve_text, text_name
 from llmprune_eval.comparison import BlockTable, Comparison, Row, Seeded
 from llmprune_eval.comparison_plot import plot
 from llmprune_eval.contenders import CONTENDERS, SEQUENTIAL, check_methods, variant
@@ -245,7 +245,7 @@ def _table(
         name=name,
         text=_text_name(task),
         in_domain=_is_in_domain(recipe, task),
-        calibration=text_name(resolve_text(recipe.calibration)),
+        calibration=calibration_name(resolve_text(recipe.calibration)),
         budget=_budget_text(recipe),
         dense=dense,
         dense_final=dense_final,

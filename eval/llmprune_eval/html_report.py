@@ -201,11 +201,12 @@ def run_facts(run: RunRecord) -> list[tuple[str, str]]:
     if run.report is not None and run.report.origin:
         rows.append(("taken from", run.report.origin))
     rows_of = recipe.calibration
+    own = f", {rows_of.self_generated:.0%} self-generated" if rows_of.self_generated else ""
     rows.append(
         (
             "calibration",
             f"{_shared(rows_of.dataset)}, {rows_of.split}: {rows_of.num_rows} rows of "
-            f"{rows_of.row_length} tokens",
+            f"{rows_of.row_length} tokens{own}",
         )
     )
     rows.append(("method", f"{_METHODS.get(recipe.method, recipe.method)}, seed {recipe.seed}"))

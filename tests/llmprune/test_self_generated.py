@@ -1,11 +1,20 @@
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from llmprune.calibration import CalibrationSet
 from llmprune.errors import InputError
+from llmprune.recipe import Recipe
+from llmprune.run_folder import RunFolder
+from llmprune.run_steps import Watch, read_calibration, silent
 from llmprune.self_generated import CORPUS, sample_rows, self_generated_set
+from llmprune.sources import load_dense
+from llmprune.texts import calibration_name, num_self_generated
+from llmprune.training import start_accelerator
 
 _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(_spec)
@@ -85,3 +94,84 @@ def test_damaged_rows_are_refused(tmp_path):
     file.write_bytes(b"not tensors")
     with pytest.raises(InputError, match="delete it"):
         self_generated_set(file, lambda: torch.zeros(1, 8), seed=0, may_write=True)
+
+
+# some of the rows: `calibration.self_generated`
+
+
+def calibration(**changes):
+    return Recipe.parse(
+        {
+            "model": {"source": "x"},
+            "prune": {"layers": {"sparsity": 0}},
+            "calibration": {"dataset": "text.txt", "num_rows": 8, "row_length": 8, **changes},
+        }
+    ).calibration
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "name"),
+    [
+        ({}, 0, "text.txt"),
+        ({"self_generated": 0.25}, 2, "text.txt (25% of the rows self-generated)"),
+        ({"self_generated": 0.01}, 0, "text.txt (1% of the rows self-generated)"),
+        ({"dataset": "builtin:self-generated"}, 8, "self-generated/train"),
+        ({"dataset": "builtin:self-generated", "self_generated": 0.5}, 8, "self-generated/train"),
+    ],
+)
+def test_a_share_of_the_rows_is_the_model_s_own(changes, count, name):
+    rows = calibration(**changes)
+    assert num_self_generated(rows) == count
+    assert calibration_name(rows) == name
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5])
+def test_a_share_is_between_none_and_all(share):
+    with pytest.raises(InputError, match="self_generated"):
+        calibration(self_generated=share)
+
+
+def test_a_share_that_rounds_to_all_rows_is_refused():
+    with pytest.raises(InputError, match="must leave the data set a row"):
+        num_self_generated(calibration(self_generated=0.99))
+
+
+def test_both_kinds_of_row_are_mixed_by_the_seed():
+    texts = CalibrationSet(torch.arange(48).view(6, 8), "text", "corpus", 3)
+    own = CalibrationSet(-torch.arange(1, 17).view(2, 8), CORPUS, CORPUS, 3)
+    mixed = texts.mixed_with(own)
+    assert sorted(map(tuple, mixed.rows.tolist())) == sorted(
+        map(tuple, [*texts.rows.tolist(), *own.rows.tolist()])
+    )
+    assert not torch.equal(mixed.rows[-2:], own.rows)
+    assert (mixed.corpus, mixed.seed) == ("corpus", 3)
+    assert torch.equal(mixed.rows, texts.mixed_with(own).rows)
+    other = dataclasses.replace(texts, seed=4).mixed_with(own)
+    assert not torch.equal(mixed.rows, other.rows)
+
+
+def test_a_run_keeps_its_own_rows_and_reads_the_others(tiny_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat " * 40)
+    recipe = Recipe.parse(
+        {
+            "model": {"source": str(tiny_folder)},
+            "prune": {"layers": {"sparsity": 0}},
+            "calibration": {
+                "dataset": str(text),
+                "num_rows": 8,
+                "row_length": 8,
+                "self_generated": 0.25,
+            },
+        }
+    )
+    dense = load_dense(recipe.model)
+    run = RunFolder.begin(tmp_path / "run", recipe, resume=False)
+    watch = Watch(start_accelerator(recipe.training, 0), silent)
+    rows = read_calibration(recipe, dense, run, watch)
+    own = load_file(run.file("calibration.safetensors"))["rows"]
+    assert own.shape == (2, 8)
+    ours = [row for row in rows.rows.tolist() if row in own.tolist()]
+    assert (len(rows.rows), len(ours)) == (8, 2)
+    assert rows.corpus == "text"
+    assert torch.equal(read_calibration(recipe, dense, run, watch).rows, rows.rows)
