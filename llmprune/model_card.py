@@ -133,7 +133,8 @@ def _limits(
         "Pruning costs quality: read the table before using the model. What is not in it was not "
         "measured, instruction following, safety and other languages included.",
         "A model is pruned for the text it is calibrated on, here "
-        f"{calibration_name(recipe.calibration)}. Figures marked in-domain are of the same corpus and look better than others would.",
+        f"{calibration_name(recipe.calibration)}. Figures marked in-domain are of the same corpus "
+        "and look better than others would.",
         f"Times and memory are of the machine named below the table "
         f"({report.environment.get('device', 'not recorded')}); other machines differ.",
     ]
