@@ -22,6 +22,7 @@ from llmprune.run_folder import RunFolder, identity_of
 from llmprune.run_steps import Watch, read_calibration
 from llmprune.scores import UnitScores
 from llmprune.sources import LoadedModel
+from llmprune.tracking import gate_steps
 from llmprune.trained_weights import TrainedWeights
 from llmprune.training import GateRun, teacher_of, train_gates
 from llmprune.unit_pruning import REFERENCE_LENGTH
@@ -189,7 +190,7 @@ def _zero_and_recover(
             recipe=recipe,
             accelerator=watch.accelerator,
             teacher=dense.model,
-            on_step=watch.steps("recovery", folder),
+            on_step=watch.steps("recovery", folder, before=gate_steps(recipe)),
         )
         zero_blocks(pruned, plan)
     gates.detach()

@@ -18,6 +18,7 @@ from llmprune.disclosure import local_name, refuse_secrets, without_paths
 from llmprune.downloads import looks_like_path
 from llmprune.errors import InputError
 from llmprune.recipe import ModelSource, Recipe, TextSource
+from llmprune.recipe_training import Tracking
 from llmprune.run_folder import RECIPE_FILE, RunFolder
 from llmprune.texts import TEXT_SUFFIXES
 from llmprune.verification import RESULT_FILE, Verification, model_sha256, read_verification
@@ -187,6 +188,8 @@ def public_recipe(recipe: Recipe, dense_model: str) -> Recipe:
             "model": model.model_copy(update=changes),
             "calibration": _public_text(recipe.calibration),
             "evaluation": recipe.evaluation.model_copy(update={"perplexity": tasks}),
+            # whom to tell is for those who repeat the run to say
+            "tracking": Tracking(),
         }
     )
 
