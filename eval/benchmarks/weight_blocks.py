@@ -28,7 +28,9 @@ from llmprune.run_steps import Watch
 from llmprune.sources import LoadedModel, load_dense
 from llmprune.texts import read_texts, resolve_text
 from llmprune.training import start_accelerator
-from llmprune_eval.perplexity import Perplexity, encode, measure_perplexity, paired_ratio
+from llmprune_eval.documents import encode
+from llmprune_eval.perplexity import Perplexity, measure_perplexity
+from llmprune_eval.perplexity_intervals import paired_ratio
 from llmprune_eval.report import environment
 
 RESULTS = Path(__file__).parents[1] / "results"

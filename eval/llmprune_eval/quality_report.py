@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmprune_eval.intervals import Ratio
 from llmprune_eval.paired import Difference
 from llmprune_eval.perplexity import Perplexity
+from llmprune_eval.perplexity_intervals import interval_note, nll_stderr
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -123,7 +124,7 @@ def notes_of(report: QualityReport) -> list[str]:
         first = next(iter(text.perplexities.values()))
         notes.append(
             f"perplexity {text.name}: {first.num_windows} windows of {first.window}, "
-            f"{first.num_tokens} scored tokens"
+            f"{first.num_tokens} scored tokens; {interval_note(first)}"
         )
     notes += [_task_note(task) for task in report.tasks]
     if report.texts or report.tasks:
@@ -176,10 +177,11 @@ def _parameter_ratio(report: QualityReport) -> str:
 
 
 def _perplexity_cell(perplexity: Perplexity) -> str:
-    if perplexity.nll_stderr is None:
+    error = nll_stderr(perplexity)
+    if error is None:
         return f"{perplexity.value:.2f}"
     # exp() of the NLL, so its standard error grows with the value
-    return f"{perplexity.value:.2f} ± {perplexity.value * perplexity.nll_stderr:.2f}"
+    return f"{perplexity.value:.2f} ± {perplexity.value * error:.2f}"
 
 
 def _ratio_cell(text: TextFigures) -> str:
