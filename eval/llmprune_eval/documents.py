@@ -22,9 +22,11 @@ Kind = Literal["articles", "rows", "text"]
 
 @dataclass(frozen=True)
 class Documents:
-    """Attributes:
-    kind: What a document is: an article, a row of a table, or the one text there is.
-    of_token: The number of each token's document, shape (num_tokens,), int64, ascending.
+    """The documents that the tokens of a text belong to.
+
+    Attributes:
+        kind: What a document is: an article, a row of a table, or the one text there is.
+        of_token: The number of each token's document, shape (num_tokens,), int64, ascending.
     """
 
     kind: Kind
