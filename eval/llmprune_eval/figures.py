@@ -86,6 +86,7 @@ def task_figures(name: str, task: SuiteTask, found: Mapping[str, Outcome]) -> Ta
         num_subtasks=len(sizes),
         limit=task.limit,
         num_fewshot=first.num_fewshot,
+        data=first.key.data,
         metrics=metrics,
     )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llmprune.errors import InputError
 from llmprune_eval.intervals import Ratio
 from llmprune_eval.paired import Difference
 from llmprune_eval.perplexity import Perplexity
@@ -57,7 +58,10 @@ class MetricFigures(_Part):
 
 
 class TaskFigures(_Part):
-    """One lm-eval task: all metrics, the one that tables show, and what was run."""
+    """One lm-eval task: all metrics, the one that tables show, and what was run.
+
+    `data` is a sha256 of local rows, or the ids of data sets on the Hub.
+    """
 
     name: str
     headline: str
@@ -65,6 +69,7 @@ class TaskFigures(_Part):
     num_subtasks: int
     limit: int | None
     num_fewshot: int
+    data: str = ""
     metrics: dict[str, MetricFigures]
 
 
@@ -85,6 +90,20 @@ class QualityReport(_Part):
     def to_json(self) -> str:
         """The report as indented JSON."""
         return self.model_dump_json(indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str, *, name: str = "evaluation.json") -> QualityReport:
+        """Read a report; `name` begins the error message.
+
+        Raises:
+            InputError: `text` is not the JSON of a report.
+        """
+        try:
+            return QualityReport.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "evaluation"
+            raise InputError(f"{name}: {key}: {first['msg']}; evaluate again") from error
 
 
 class _Row(NamedTuple):
