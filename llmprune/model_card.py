@@ -126,7 +126,7 @@ def _tasks(evaluation: QualityReport | None, table: str) -> str:
     if evaluation is None or not evaluation.tasks:
         return ""
     return (
-        "## lm-eval tasks\n\nBoth models in one run of lm-eval, by its own prompts and metrics and on "
+        "## lm-eval tasks\n\nBoth models in one run of lm-eval, by its own prompts and metrics, on "
         f"the same documents (`{RUN_FOLDER}/evaluation.json`).\n\n{table.strip()}"
     )
 
