@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from llmprune.recipe import GateTraining, Recovery, Training
 
 Loss = Literal["distillation", "next_token"]
-# step, of how many, the step's loss
-OnStep = Callable[[int, int, float], None]
+# step, of how many, the step's figures: its loss, rates, and what a schedule had then
+OnStep = Callable[[int, int, Mapping[str, float]], None]
 
 # Share of the steps over which the weights' learning rate rises, and where its cosine ends.
 WARM_UP = 0.1
@@ -102,6 +102,11 @@ def loss_of(
         return (target.exp() * (target - got)).sum(-1).mean()
 
     return distillation if kind == "distillation" else next_token
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rate of every parameter group, by a name for logs."""
+    return {f"{group['name']}_learning_rate": group["lr"] for group in optimizer.param_groups}
 
 
 def set_rate(

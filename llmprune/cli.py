@@ -198,7 +198,9 @@ def push(
     from llmprune.hub import push as run
     from llmprune.model_card import model_card
     from llmprune.publication import read_publication
+    from llmprune_eval.quality_report import to_markdown as evaluation_to_markdown
     from llmprune_eval.report import EvalReport, to_markdown
+    from llmprune_eval.results_of_run import read_bench, read_evaluation
 
     # it speaks of every attempt; what the user needs to know is in our own messages
     hub_logging.set_verbosity_error()
@@ -207,10 +209,19 @@ def push(
     target = Target(repo, revision, private, create_pr, message)
     publication = read_publication(folder, known_token())
     report = EvalReport.from_json((folder / "report.json").read_text(encoding="utf-8"))
+    evaluation = read_evaluation(folder)
+    read_bench(folder)
 
     def write_card(dense_card: ModelCardData | None) -> str:
-        table = to_markdown(report)
-        return model_card(publication, repo, report=report, table=table, dense_card=dense_card)
+        return model_card(
+            publication,
+            repo,
+            report=report,
+            table=to_markdown(report),
+            dense_card=dense_card,
+            evaluation=evaluation,
+            evaluation_table="" if evaluation is None else evaluation_to_markdown(evaluation),
+        )
 
     uploads = (*publication.uploads, card_upload(write_card(None)))
     console.print(upload_table(uploads, publication.left_out, repo))

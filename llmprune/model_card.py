@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmprune.card_results import task_results
 from llmprune.publication import RUN_FOLDER, Publication, is_hub_dataset, local_parts
 from llmprune.recipe import Recipe
 from llmprune.texts import calibration_name, text_name
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
     from llmprune.verification import Verification
+    from llmprune_eval.quality_report import QualityReport
     from llmprune_eval.report import EvalReport
 
 # The relations of the Hub's model tree have no word for pruning: weights were changed, not packed.
@@ -25,6 +27,8 @@ def model_card(
     report: EvalReport,
     table: str,
     dense_card: ModelCardData | None,
+    evaluation: QualityReport | None = None,
+    evaluation_table: str = "",
 ) -> str:
     """The README.md of a repository.
 
@@ -34,6 +38,8 @@ def model_card(
         report: The figures.
         table: The same as Markdown, dense beside pruned, with how and on what they were measured.
         dense_card: Metadata of the dense model's card, where it could be read.
+        evaluation: What `llmprune eval` found, where the run was evaluated.
+        evaluation_table: The same as Markdown.
     """
     from huggingface_hub import ModelCard
 
@@ -46,6 +52,7 @@ def model_card(
         f"pruning ({report.dense.parameters / 1e6:.1f} M -> "
         f"{report.pruned.parameters / 1e6:.1f} M), made with llmprune.",
         f"## Dense and pruned\n\n{table.strip()}",
+        _tasks(evaluation, evaluation_table),
         _samples(recipe, report),
         f"## Known limits\n\n{_bullets(_limits(publication, report, dense_card))}",
         f"## Load it\n\n{_loading(publication, repo)}",
@@ -53,7 +60,10 @@ def model_card(
         f"## Does the file compute what was pruned?\n\n{_equivalence(verification)}",
         f"## Repeat it\n\n{_repeating(recipe, repo)}",
     ]
-    data = card_data(publication, repo, report=report, dense_card=dense_card)
+    results = eval_results(recipe, report)
+    if evaluation is not None:
+        results += task_results(evaluation)
+    data = card_data(publication, repo, results=results, dense_card=dense_card)
     body = "\n\n".join(section for section in sections if section)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
@@ -62,7 +72,7 @@ def card_data(
     publication: Publication,
     repo: str,
     *,
-    report: EvalReport,
+    results: list[EvalResult],
     dense_card: ModelCardData | None,
 ) -> ModelCardData:
     """The card's metadata; licence and language are the dense model's."""
@@ -70,7 +80,6 @@ def card_data(
 
     recipe, dense_id = publication.recipe, publication.dense_id
     calibration = recipe.calibration
-    results = eval_results(recipe, report)
     license_link = dense_card.license_link if dense_card else None
     if license_link and "://" not in license_link:
         # a file of the dense model's repository
@@ -110,6 +119,16 @@ def eval_results(recipe: Recipe, report: EvalReport) -> list[EvalResult]:
         for text in report.perplexities
         if (task := tasks.get(text.name)) is not None
     ]
+
+
+def _tasks(evaluation: QualityReport | None, table: str) -> str:
+    """lm-eval's tasks, where there are any: what else was evaluated stands in the first table."""
+    if evaluation is None or not evaluation.tasks:
+        return ""
+    return (
+        "## lm-eval tasks\n\nBoth models in one run of lm-eval, by its own prompts and metrics, on "
+        f"the same documents (`{RUN_FOLDER}/evaluation.json`).\n\n{table.strip()}"
+    )
 
 
 def _link(publication: Publication, dense: str) -> str:
@@ -258,7 +277,9 @@ hf download {repo} --include "{RUN_FOLDER}/*" --local-dir published
 llmprune prune published/{RUN_FOLDER}/recipe.yaml --out again{given}
 ```
 
-`{RUN_FOLDER}/plan.json` has the kept indices, `{RUN_FOLDER}/report.json` every figure.{note}"""
+`{RUN_FOLDER}/plan.json` has the kept indices, `{RUN_FOLDER}/report.json` every figure of the first
+table. What `llmprune eval` and `bench` measured, where they were run, lies beside them in
+`evaluation.json` and `bench.json`.{note}"""
 
 
 def _bullets(lines: list[str]) -> str:

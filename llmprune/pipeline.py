@@ -18,9 +18,10 @@ from llmprune.checkpoint import load_pruned
 from llmprune.files import save_text
 from llmprune.latency import Promise
 from llmprune.recipe import Recipe
-from llmprune.run_folder import RunFolder, settle_precision
+from llmprune.run_folder import TRACKING_FOLDER, RunFolder, settle_precision
 from llmprune.run_steps import OnProgress, Watch, silent
 from llmprune.sources import LoadedModel, load_config, load_dense
+from llmprune.tracking import check_installed, final_figures, tracked, training_steps
 from llmprune.training import start_accelerator
 from llmprune.unit_pruning import prune_units
 from llmprune.verification import verify
@@ -57,15 +58,27 @@ def prune(
     Raises:
         InputError: Anything a user can cause; the folder then holds whole files only.
     """
-    from llmprune_eval.speed import phase_ms
-
+    check_installed(recipe.tracking)
     recipe = settle_precision(recipe, Path(out))
-    accelerator = start_accelerator(recipe.training, recipe.seed)
+    accelerator = start_accelerator(
+        recipe.training,
+        recipe.seed,
+        trackers=recipe.tracking.trackers,
+        project_dir=Path(out) / TRACKING_FOLDER,
+    )
     is_main = accelerator.is_main_process
     watch = Watch(accelerator, on_progress if is_main else silent)
     with watch.accelerator.main_process_first():
         folder = RunFolder.begin(Path(out), recipe, resume=resume or not is_main)
     architecture_of(load_config(recipe.model).model_type)
+    with tracked(accelerator, recipe, folder):
+        return _run(recipe, folder, watch)
+
+
+def _run(recipe: Recipe, folder: RunFolder, watch: Watch) -> Pruned | None:
+    """All steps, as far as the folder does not hold them yet."""
+    from llmprune_eval.speed import phase_ms
+
     watch.on_progress("load the dense model", 0, 1)
     dense = load_dense(recipe.model)
     dense.model.to(watch.accelerator.device)
@@ -76,16 +89,19 @@ def prune(
     else:
         measure = partial(phase_ms, on_round=partial(watch.on_progress, "latency table"))
         promise = prune_units(recipe, folder, dense, watch, measure=measure)
-    if not is_main:
+    if not watch.accelerator.is_main_process:
         return None
-    on_progress("verify", 0, 1)
+    watch.on_progress("verify", 0, 1)
     verify(folder.path)
-    on_progress("verify", 1, 1)
+    watch.on_progress("verify", 1, 1)
     sparse = recipe.prune.weight_blocks is not None
     pruned = load_pruned(folder.path, block_sparse=sparse).to(watch.accelerator.device)
     dense = load_dense(recipe.model) if recipe.gates.train != "gates" else dense
     dense.model.to(watch.accelerator.device)
-    return Pruned(folder.path, pruned, _evaluate(recipe, folder, dense, pruned, promise, watch))
+    report = _evaluate(recipe, folder, dense, pruned, promise, watch)
+    # one step later than the last, or trackers would show it as that one's
+    watch.accelerator.log(final_figures(report), step=training_steps(recipe) + 1)
+    return Pruned(folder.path, pruned, report)
 
 
 def _evaluate(

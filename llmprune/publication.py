@@ -18,6 +18,7 @@ from llmprune.disclosure import local_name, refuse_secrets, without_paths
 from llmprune.downloads import looks_like_path
 from llmprune.errors import InputError
 from llmprune.recipe import ModelSource, Recipe, TextSource
+from llmprune.recipe_training import Tracking
 from llmprune.run_folder import RECIPE_FILE, RunFolder
 from llmprune.texts import TEXT_SUFFIXES
 from llmprune.verification import RESULT_FILE, Verification, model_sha256, read_verification
@@ -49,7 +50,16 @@ _BINARY = ("*.safetensors", "*.model")
 RUN_FOLDER = "llmprune"
 _NEEDED = ("plan.json", RESULT_FILE, "report.json")
 # A run's scores choose for other budgets; beyond this the Hub would keep a text file as LFS.
-_OPTIONAL = ("report.html", "scores.json", "priors.json", "latency.json")
+BENCH_FILE = "bench.json"
+EVALUATION_FILE = "eval/evaluation.json"
+_OPTIONAL = (
+    "report.html",
+    "scores.json",
+    "priors.json",
+    "latency.json",
+    BENCH_FILE,
+    EVALUATION_FILE,
+)
 _OPTIONAL_BYTES = 10_000_000
 
 Text = TypeVar("Text", bound=TextSource)
@@ -121,7 +131,7 @@ def read_publication(folder: Path, token: str | None = None) -> Publication:
         refuse_secrets(_readable(upload), upload.path, token)
     # the folder's README.md is written anew for the repository
     here = {Path(upload.path).name for upload in uploads} | {MODEL_FOLDER, "README.md"}
-    others = [file.name for file in sorted(folder.iterdir()) if file.name not in here]
+    others = list(_others(folder, here))
     known = {INDEX_FILE.parent.name}
     stray = [
         file
@@ -135,6 +145,18 @@ def read_publication(folder: Path, token: str | None = None) -> Publication:
         tuple(uploads),
         (*(f"{MODEL_FOLDER}/{file.name}" for file in stray), *others),
     )
+
+
+def _others(folder: Path, published: set[str]) -> Iterator[str]:
+    """What a run's folder holds besides; of an evaluation that goes up its other files."""
+    evaluation = folder / EVALUATION_FILE
+    for file in sorted(folder.iterdir()):
+        if file == evaluation.parent and evaluation.name in published:
+            for part in sorted(file.iterdir()):
+                if part.name not in published:
+                    yield f"{file.name}/{part.name}"
+        elif file.name not in published:
+            yield file.name
 
 
 def check_unchanged(folder: Path, verification: Verification) -> None:
@@ -187,6 +209,8 @@ def public_recipe(recipe: Recipe, dense_model: str) -> Recipe:
             "model": model.model_copy(update=changes),
             "calibration": _public_text(recipe.calibration),
             "evaluation": recipe.evaluation.model_copy(update={"perplexity": tasks}),
+            # whom to tell is for those who repeat the run to say
+            "tracking": Tracking(),
         }
     )
 

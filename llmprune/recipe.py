@@ -16,6 +16,7 @@ from llmprune.recipe_training import (
     Positive,
     Reconstruction,
     Recovery,
+    Tracking,
     Training,
 )
 
@@ -234,6 +235,7 @@ class Recipe(Part):
     reconstruction: Reconstruction | None = None
     recovery: Recovery = Recovery()
     training: Training = Training()
+    tracking: Tracking = Tracking()
     export: Export = Export()
     evaluation: Evaluation = Evaluation()
     seed: Annotated[int, Field(ge=0)] = 0

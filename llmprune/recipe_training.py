@@ -107,6 +107,16 @@ class Recovery(Part):
     lora_rank: Positive = 8
 
 
+class Tracking(Part):
+    """Who is told of every step besides log.jsonl, through Accelerate (docs/tracking.md).
+
+    `project` is what runs are filed under.
+    """
+
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    project: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "llmprune"
+
+
 class Training(Part):
     """What both loops share.
 

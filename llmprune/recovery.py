@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmprune.batches import Batches, OnStep, loss_of, set_rate
+from llmprune.batches import Batches, OnStep, loss_of, rates_of, set_rate
 from llmprune.trained_weights import TrainedWeights, checkpointing
 
 if TYPE_CHECKING:
@@ -58,5 +58,5 @@ def recover(
         for step in range(settings.steps):
             set_rate(optimizer, "weights", settings.learning_rate, step, settings.steps)
             found = batches.train_step(step + offset, optimizer, loss)
-            on_step(step + 1, settings.steps, found)
+            on_step(step + 1, settings.steps, {"loss": found, **rates_of(optimizer)})
     weights.finish()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from llmprune.recipe import Recipe
 from llmprune.scores import UnitScores
 
 RECIPE_FILE = "recipe.yaml"
+TRACKING_FOLDER = "tracking"
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,13 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """Losses, one JSON object a line."""
+        """Losses and settings of every step, one JSON object a line."""
         return self.path / "log.jsonl"
+
+    @property
+    def tracking(self) -> Path:
+        """What experiment trackers write."""
+        return self.path / TRACKING_FOLDER
 
     @property
     def model(self) -> Path:
@@ -120,9 +127,9 @@ class RunFolder:
         if len(kept) < len(lines):
             save_text("".join(kept), self.log)
 
-    def add_to_log(self, phase: str, step: int, loss: float) -> None:
-        """Append one step to the log."""
-        row = {"phase": phase, "step": step, "loss": loss}
+    def add_to_log(self, phase: str, step: int, figures: Mapping[str, float]) -> None:
+        """Append one step with its figures to the log."""
+        row = {"phase": phase, "step": step, **figures}
         whole = self.log.stat().st_size if self.log.is_file() else 0
         try:
             with self.log.open("a", encoding="utf-8") as file:
@@ -137,7 +144,8 @@ class RunFolder:
 
 def _holds_results(path: Path) -> bool:
     """Whether a run got further than its recipe; one that was refused at once did not."""
-    return any(file.name != RECIPE_FILE and ".tmp" not in file.name for file in path.iterdir())
+    early = (RECIPE_FILE, TRACKING_FOLDER)
+    return any(file.name not in early and ".tmp" not in file.name for file in path.iterdir())
 
 
 def settle_precision(recipe: Recipe, path: Path) -> Recipe:
@@ -162,6 +170,7 @@ def settle_precision(recipe: Recipe, path: Path) -> Recipe:
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: str) -> str:
     """What two runs must share for one to take up the other's state, as a sha256 in hex."""
-    parts = recipe.model_dump(mode="json", exclude={"evaluation", "export", "recovery"})
+    not_seen = {"evaluation", "export", "recovery", "tracking"}
+    parts = recipe.model_dump(mode="json", exclude=not_seen)
     text = json.dumps([parts, fingerprint, origin], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

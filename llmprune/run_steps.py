@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -56,17 +56,25 @@ class Watch:
             yield item
         self.on_progress(task, len(items), len(items))
 
-    def steps(self, task: str, folder: RunFolder) -> OnStep:
-        """A callback for training steps; logs the loss on the main process."""
+    def steps(self, task: str, folder: RunFolder, *, before: int = 0) -> OnStep:
+        """A callback for training steps, whose figures it logs on the main process.
+
+        Args:
+            task: Of the run; begins the names that trackers get.
+            folder: Whose log is written.
+            before: Steps of the tasks before: trackers take steps in one ascending order.
+        """
 
         started: list[int] = []
 
-        def on_step(step: int, steps: int, loss: float) -> None:
+        def on_step(step: int, steps: int, figures: Mapping[str, float]) -> None:
             if self.accelerator.is_main_process:
                 if not started:
                     started.append(step)
                     folder.forget_steps(task, step)
-                folder.add_to_log(task, step, loss)
+                folder.add_to_log(task, step, figures)
+                named = {f"{task}/{name}": value for name, value in figures.items()}
+                self.accelerator.log(named, step=before + step)
             self.on_progress(task, step, steps)
 
         return on_step

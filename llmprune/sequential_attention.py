@@ -310,6 +310,18 @@ class SequentialAttention(nn.Module):
             return capped_softmax(rows, self._budget_at(group, moment), costs).flatten()
         return self._fill(index, logits, group.final / group.num_rows).to(logits) + 0.0 * logits
 
+    def settings_at(self, step: int) -> dict[str, float]:
+        """`budget`, the share of the units that a step allows; `temperature` where there is one."""
+        moment, sizes = self.schedule.at(step), [group.num_units for group in self.groups]
+        shares = [1.0 if moment.kind == "dense" else group.density for group in self.groups]
+        found = {}
+        if moment.kind == "sparsify":
+            shares = [self._budget_at(g, moment) * g.num_rows / g.total for g in self.groups]
+            if self.variant == "capped":
+                found["temperature"] = self._temperature_at(moment.progress)
+        whole = math.fsum(share * size for share, size in zip(shares, sizes, strict=True))
+        return {"budget": whole / sum(sizes), **found}
+
     def _temperature_at(self, progress: float) -> float:
         first, last = self.temperature
         return first * (last / first) ** progress

@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from llmprune.batches import Batches, OnStep, loss_of, set_rate
+from llmprune.batches import Batches, OnStep, loss_of, rates_of, set_rate
 from llmprune.errors import InputError
 from llmprune.files import save_tensors
 from llmprune.pool_logits import group_of, importances_of, starting_logits
@@ -59,15 +59,27 @@ STATE_FORMAT = "llmprune-gate-state/1"
 AGREEMENT_SHUFFLES = 200
 
 
-def start_accelerator(training: Training, seed: int) -> Accelerator:
+def start_accelerator(
+    training: Training,
+    seed: int,
+    *,
+    trackers: Sequence[str] = (),
+    project_dir: Path | None = None,
+) -> Accelerator:
     """The Accelerator of a run; seeds every generator. Several processes part when they end.
 
     Args:
         training: Its `mixed_precision` is no longer `auto`.
         seed: Of every generator.
+        trackers: Who will be told of every step, once `llmprune.tracking` has started them.
+        project_dir: Where trackers that write files write them.
     """
     set_seed(seed)
-    accelerator = Accelerator(mixed_precision=training.mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=training.mixed_precision,
+        log_with=list(trackers) or None,
+        project_dir=project_dir,
+    )
     if accelerator.num_processes > 1:
         # threads of a process group that is still there can abort a process that is done
         atexit.register(accelerator.end_training)
@@ -104,7 +116,7 @@ def train_gates(
             calibration_set.reordered(index),
             pools,
             recipe=recipe,
-            run=run.seed(index),
+            run=run.seed(index, recipe.gates),
         )
         for index in range(recipe.gates.seeds)
     ]
@@ -171,7 +183,8 @@ def _train_engine(
             is_whole = done == num_steps and settings.seeds > 1
             if is_whole or (done % recipe.training.save_every == 0 and done < num_steps):
                 run.save(engine, weights, optimizer, done)
-            run.on_step(done, num_steps, loss)
+            figures = {"loss": loss, **engine.settings_at(step), **rates_of(optimizer)}
+            run.on_step(done, num_steps, figures)
     return engine
 
 
@@ -207,7 +220,7 @@ class GateRun:
         priors: Group name -> importance that the logits start from (their logarithm), or None.
         state_file: Where the state is kept every `training.save_every` steps, or None for nowhere.
         identity: What must be equal for a state to be taken up again.
-        on_step: Called after every step.
+        on_step: Called after every step; steps are counted over all seeds.
     """
 
     def __init__(
@@ -219,7 +232,7 @@ class GateRun:
         priors: dict[str, Tensor] | None = None,
         state_file: Path | None = None,
         identity: str = "",
-        on_step: OnStep = lambda step, steps, loss: None,
+        on_step: OnStep = lambda step, steps, figures: None,
     ) -> None:
         self.accelerator = accelerator
         self.weights = weights
@@ -229,11 +242,13 @@ class GateRun:
         self.identity = identity
         self.on_step = on_step
 
-    def seed(self, index: int) -> GateRun:
-        """The run of one seed of several; each keeps a state of its own."""
+    def seed(self, index: int, settings: GateTraining) -> GateRun:
+        """The run of one seed of several: each keeps a state, and steps are counted on."""
         one = copy.copy(self)
-        if index and self.state_file is not None:
-            one.state_file = self.state_file.with_stem(f"{self.state_file.stem}-{index}")
+        if self.state_file is not None:
+            one.state_file = state_of_seed(self.state_file, index)
+        before, total = index * settings.steps, settings.seeds * settings.steps
+        one.on_step = lambda step, steps, figures: self.on_step(before + step, total, figures)
         return one
 
     def save(
@@ -288,12 +303,9 @@ def _resume(
     """Take up the kept state where there is one; the number of steps that are done."""
     if run.state_file is None or not run.state_file.exists():
         return 0
-    try:
-        with safe_open(run.state_file, "pt") as file:
-            note = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"{run.state_file.name}: is damaged ({error}); delete it") from error
+    note = read_note(run.state_file)
+    with safe_open(run.state_file, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if note.get("format") != STATE_FORMAT or note.get("identity") != run.identity:
         raise InputError(
             f"{run.state_file.name}: must come from this recipe, model and calibration set; "
@@ -309,6 +321,24 @@ def _resume(
         state["state"].setdefault(int(index), {})[key] = value
     optimizer.load_state_dict(state)
     return int(note["step"])
+
+
+def state_of_seed(first: Path, index: int) -> Path:
+    """The state file of one seed, from that of the first."""
+    return first.with_stem(f"{first.stem}-{index}") if index else first
+
+
+def read_note(state_file: Path) -> dict[str, str]:
+    """What a kept state says of itself, such as its `step`.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    try:
+        with safe_open(state_file, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{state_file.name}: is damaged ({error}); delete it") from error
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

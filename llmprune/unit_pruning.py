@@ -27,6 +27,7 @@ from llmprune.sources import LoadedModel, load_dense
 from llmprune.streams import even_batches
 from llmprune.surgery import cut
 from llmprune.targets import target_widths, targets_of
+from llmprune.tracking import gate_steps
 from llmprune.trained_weights import TrainedWeights
 from llmprune.training import GateRun, teacher_of, train_gates
 from llmprune.units import map_units
@@ -218,7 +219,7 @@ def _cut_and_recover(
             recipe=recipe,
             accelerator=watch.accelerator,
             teacher=dense.model,
-            on_step=watch.steps("recovery", folder),
+            on_step=watch.steps("recovery", folder, before=gate_steps(recipe)),
             first_row=0 if refit is None else refit.num_rows,
         )
     cast_parameters(pruned, dtype)

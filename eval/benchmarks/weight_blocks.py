@@ -37,7 +37,9 @@ from llmprune.texts import read_texts, resolve_text
 from llmprune.training import start_accelerator
 from llmprune.units import map_units
 from llmprune.weight_blocks import BlockPlan, map_blocks, zero_blocks
-from llmprune_eval.perplexity import Perplexity, encode, measure_perplexity, paired_ratio
+from llmprune_eval.documents import encode
+from llmprune_eval.perplexity import Perplexity, measure_perplexity
+from llmprune_eval.perplexity_intervals import paired_ratio
 from llmprune_eval.report import environment
 
 RESULTS = Path(__file__).parents[1] / "results"

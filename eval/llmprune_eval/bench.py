@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from llmprune_eval.bench_report import (
     Comparison,
     ModelFacts,
     Phase,
+    PhaseName,
     Point,
     PointComparison,
     PointModel,
@@ -54,6 +57,8 @@ from llmprune_eval.timing import (
 OnProgress = Callable[[str, int, int], None]
 # The first model under a name of its own, timed as if it were another.
 CONTROL = "control"
+# How a pass calls the phases of a report.
+_PASS_NAMES: dict[PhaseName, str] = {"first_token": "prefill", "decode": "decode"}
 # Above so many waiting programs a core the machine is shared.
 _BUSY = 0.5
 
@@ -157,15 +162,14 @@ def compare_passes(
         other: Passes of the other in the same rounds.
         roofline: The ratio that the roofline has, by phase.
     """
-    pairs = list(zip(first, other, strict=True))
-    ratios = {
-        "first_token": median_ratio([b.prefill_ms / a.prefill_ms for a, b in pairs]),
-        "decode": median_ratio([b.decode_ms / a.decode_ms for a, b in pairs]),
-    }
-    found = {
-        phase: Comparison(ratio=ratio, roofline=roofline[phase], verdict=judge(ratio))
-        for phase, ratio in ratios.items()
-    }
+    found = {}
+    for phase, name in _PASS_NAMES.items():
+        ms, waited = attrgetter(f"{name}_ms"), attrgetter(f"{name}_waited")
+        ratio = median_ratio([ms(b) / ms(a) for a, b in zip(first, other, strict=True)])
+        waits = (statistics.median(map(waited, first)), statistics.median(map(waited, other)))
+        found[phase] = Comparison(
+            ratio=ratio, roofline=roofline[phase], waited=waits, verdict=judge(ratio, max(waits))
+        )
     return PointComparison(**found)
 
 
@@ -265,9 +269,15 @@ def _point_model(
     return PointModel(
         first_token=Phase(
             ms=times_of([timed.prefill_ms for timed in passes]),
+            waited=tuple(timed.prefill_waited for timed in passes),
             roofline_ms=known.rates.least_ms(prefill_work(known.shape, batch_size, context)),
         ),
-        decode=Phase(ms=steps, roofline_ms=known.rates.least_ms(work)),
+        decode=Phase(
+            ms=steps,
+            waited=tuple(timed.decode_waited for timed in passes),
+            roofline_ms=known.rates.least_ms(work),
+        ),
+        switches=tuple(timed.switches for timed in passes),
         decode_tokens_per_s=batch_size * 1e3 / steps.median,
         peak_memory=known.memory[point],
         warmup_passes=warm.passes,

@@ -19,6 +19,9 @@ BENCH_FORMAT = "llmprune-bench/1"
 # An interval that holds 1.0 and runs further than this apart decides nothing: with a narrower one
 # a difference above about 5 % would have been seen.
 WIDEST = 1.10
+# Nor does a time of which the processor was away for more than this share: what is left is decided
+# by other programs, and they do not share themselves out evenly over two models.
+MOST_WAITED = 0.10
 Verdict = Literal["faster", "slower", "same", "too noisy"]
 PhaseName = Literal["first_token", "decode"]
 PHASES: dict[PhaseName, str] = {"first_token": "first token", "decode": "decode step"}
@@ -54,14 +57,22 @@ class ModelFacts(_Part):
 
 
 class Phase(_Part):
-    """A phase of one model: measured, and the least time by the roofline."""
+    """A phase of one model: measured, and the least time by the roofline.
+
+    `waited` is the share of each round's time that the processor was not there.
+    """
 
     ms: Times
+    waited: tuple[float, ...] = ()
     roofline_ms: float
 
 
 class PointModel(_Part):
-    """One model at one point; `steady` is False where warming up did not settle."""
+    """One model at one point.
+
+    `steady` is False where warming up did not settle; `switches` counts for each round how often
+    the processor was taken from this process.
+    """
 
     first_token: Phase
     decode: Phase
@@ -70,13 +81,18 @@ class PointModel(_Part):
     warmup_passes: int
     steady: bool
     backends: tuple[str, ...]
+    switches: tuple[int, ...] = ()
 
 
 class Comparison(_Part):
-    """A time over the first model's: measured, by the roofline, and what that decides."""
+    """A time over the first model's: measured, by the roofline, and what that decides.
+
+    `waited` is the first model's and the other's median share of time without the processor.
+    """
 
     ratio: Ratio
     roofline: float
+    waited: tuple[float, float] = (0.0, 0.0)
     verdict: Verdict
 
 
@@ -136,9 +152,9 @@ def times_of(values: Sequence[float]) -> Times:
     return Times(median=statistics.median(values), quartiles=(low, high), each=tuple(values))
 
 
-def judge(ratio: Ratio) -> Verdict:
-    """What a ratio of times decides."""
-    if ratio.low is None or ratio.high is None:
+def judge(ratio: Ratio, waited: float = 0.0) -> Verdict:
+    """What a ratio of times decides, where the processor was away for that share of a time."""
+    if ratio.low is None or ratio.high is None or waited > MOST_WAITED:
         return "too noisy"
     if ratio.conclusive:
         return "faster" if ratio.high < 1.0 else "slower"
@@ -148,14 +164,17 @@ def judge(ratio: Ratio) -> Verdict:
 def noise_warnings(points: Sequence[Point]) -> Iterator[str]:
     """Where the run cannot be concluded from, and why."""
     for point in points:
+        first = next(iter(point.models))
         for label, comparison in point.comparisons.items():
             for phase, title in PHASES.items():
                 found: Comparison = getattr(comparison, phase)
                 if found.verdict == "too noisy":
                     yield (
                         f"{point.name}, {title}: too noisy to conclude, {label} took "
-                        f"{_interval(found.ratio)}; take more --rounds or a quieter machine"
+                        f"{_interval(found.ratio)}; {_why(found, first, label)}"
                     )
+        if not point.comparisons:
+            yield from _long_times(point)
         for phase, title in PHASES.items():
             if point.control is None:
                 continue
@@ -170,6 +189,30 @@ def noise_warnings(points: Sequence[Point]) -> Iterator[str]:
                 yield (
                     f"{point.name}: {label} was not steady after {model.warmup_passes} passes of "
                     "warming up; other programs run, or the device changes its clock"
+                )
+
+
+def _why(found: Comparison, first: str, label: str) -> str:
+    """Why a comparison is too noisy, and what would help."""
+    if max(found.waited) <= MOST_WAITED:
+        return "take more --rounds or a quieter machine"
+    shares = f"{found.waited[0]:.0%} of {first}'s time and {found.waited[1]:.0%} of {label}'s"
+    return (
+        f"other programs had the processor for {shares}, which no --rounds mend; take a quieter "
+        "machine"
+    )
+
+
+def _long_times(point: Point) -> Iterator[str]:
+    """Models that stand alone, and the times of which are those of other programs as well."""
+    for label, model in point.models.items():
+        for phase, title in PHASES.items():
+            waited: tuple[float, ...] = getattr(model, phase).waited
+            if waited and statistics.median(waited) > MOST_WAITED:
+                yield (
+                    f"{point.name}, {title}: other programs had the processor for "
+                    f"{statistics.median(waited):.0%} of {label}'s time, which is too long by "
+                    "that; take a quieter machine"
                 )
 
 

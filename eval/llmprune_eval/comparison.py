@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmprune_eval.perplexity import paired_ratio
+from llmprune_eval.perplexity_intervals import paired_ratio
 from llmprune_eval.stored_results import Result, Stage
 
 COMPARISON_FORMAT = "llmprune-comparison/1"

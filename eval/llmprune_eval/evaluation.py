@@ -16,8 +16,9 @@ from llmprune.latency import Promise
 from llmprune.recipe import ModelSource, PerplexityTask, Recipe, SpeedTask
 from llmprune.sources import fetch
 from llmprune.texts import corpus_of, read_texts, resolve_text, text_name
+from llmprune_eval.documents import encode_documents
 from llmprune_eval.peak_memory import PeakMemory, measure_peak_memory
-from llmprune_eval.perplexity import Perplexity, encode, measure_perplexity
+from llmprune_eval.perplexity import Perplexity, measure_perplexity
 from llmprune_eval.report import EvalReport, LatencyResult, ModelSize, TextResult, environment
 from llmprune_eval.speed import SpeedReport, measure_phase, measure_speed
 
@@ -98,7 +99,7 @@ def measure_text(
 ) -> TextResult:
     """Perplexity of both models on one text, marked where calibration used the same corpus."""
     source = resolve_text(task)
-    token_ids = encode(read_texts(source), tokenizer)
+    token_ids, documents = encode_documents(read_texts(source), tokenizer)
     found: dict[str, Perplexity] = {}
     for name, model in (("dense", dense), ("pruned", pruned)):
         found[name] = measure_perplexity(
@@ -106,6 +107,7 @@ def measure_text(
             token_ids,
             window=task.window,
             max_windows=task.max_windows,
+            documents=documents,
             on_window=partial(on_progress, f"{text_name(source)}, {name}"),
         )
     return TextResult(

@@ -11,7 +11,8 @@ from llmprune.errors import InputError
 from llmprune.recipe import PerplexityTask, Recipe
 from llmprune.texts import corpus_of, resolve_text, text_name
 from llmprune_eval.paired import Difference, compare_documents
-from llmprune_eval.perplexity import Perplexity, paired_ratio
+from llmprune_eval.perplexity import Perplexity
+from llmprune_eval.perplexity_intervals import nll_stderr, paired_ratio
 from llmprune_eval.published import Measured, Published, check_published, unmeasured
 from llmprune_eval.quality_report import (
     Figure,
@@ -85,6 +86,7 @@ def task_figures(name: str, task: SuiteTask, found: Mapping[str, Outcome]) -> Ta
         num_subtasks=len(sizes),
         limit=task.limit,
         num_fewshot=first.num_fewshot,
+        data=first.key.data,
         metrics=metrics,
     )
 
@@ -110,7 +112,8 @@ def measured_figures(
     found: dict[str, dict[str, Measured]] = {}
     for text, source in zip(texts, sources, strict=True):
         first = next(iter(text.perplexities.values()))
-        stderr = None if first.nll_stderr is None else first.value * first.nll_stderr
+        error = nll_stderr(first)
+        stderr = None if error is None else first.value * error
         is_part = source.max_windows is not None
         found[text.name] = {"perplexity": Measured(first.value, stderr, is_part)}
     for task in tasks:

@@ -20,7 +20,7 @@ from llmprune.texts import read_texts, resolve_text
 from llmprune.training import start_accelerator
 from llmprune.units import UnitMap, map_units
 from llmprune_eval.accounting import sample_of, sources_of
-from llmprune_eval.perplexity import encode
+from llmprune_eval.documents import encode
 from llmprune_eval.stored_results import hash_of
 
 

@@ -19,7 +19,7 @@ from llmprune_eval.measured_sections import (
     training_section,
 )
 from llmprune_eval.page import absent, folded, page, paragraph, percent, section, table
-from llmprune_eval.perplexity import paired_ratio
+from llmprune_eval.perplexity_intervals import paired_ratio
 from llmprune_eval.pictures.kept_units import KIND_NAMES, kept_model
 from llmprune_eval.report import COLUMNS, figure_notes, figure_rows
 from llmprune_eval.report_sections import kept_section, scores_section

@@ -19,7 +19,7 @@ from llmprune_eval.page import (
     small_figure,
     table,
 )
-from llmprune_eval.perplexity import paired_ratio
+from llmprune_eval.perplexity_intervals import interval_note, paired_ratio
 from llmprune_eval.pictures.curves import loss_curve, smoothed, survivor_curve
 from llmprune_eval.pictures.latency_bars import Bar, latency_bars
 from llmprune_eval.pictures.perplexity_map import FARTHEST, Point, Role, drawn, perplexity_map
@@ -78,7 +78,7 @@ def _text_parts(
         "scale, lower is better."
     )
     if interval:
-        caption += " Whisker: 95 % interval of the ratio to the dense model, paired by window."
+        caption += f" Whisker: 95 % of the ratio to the dense model; {interval_note(text.dense)}."
     left_out = len(points) - len(drawn(points))
     if left_out:
         caption += f" {left_out} above {FARTHEST:g} times the dense figure are in the table only."

@@ -1,20 +1,20 @@
-"""Perplexity of a text in windows that don't overlap; the paired ratio of two models."""
+"""Perplexity of a text in windows that don't overlap, and the losses of its documents."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmprune.errors import InputError
+from llmprune_eval.documents import LEAST_DOCUMENTS, Documents
 from llmprune_eval.inference import check_count, check_length, device_of, eval_mode, vocab_size_of
-from llmprune_eval.intervals import Ratio, make_ratio, student_t
 
 # Positions that go through the head at once: 128 rows of 150k fp32 logits are 77 MB.
 _HEAD_POSITIONS = 128
@@ -37,6 +37,10 @@ class Perplexity:
         nll_stderr: Standard error of `nll_mean` over the windows, taken as independent; None for
             one window.
         window_nlls: `nll_mean` of each window, in the text's order.
+        document_kind: What stands below: articles, rows of a table, or blocks of windows that
+            stand in for documents where there are fewer than ten; empty for none of them.
+        document_nlls: Each document's summed negative log-likelihood, in the text's order.
+        document_tokens: Each document's scored tokens.
     """
 
     value: float
@@ -46,6 +50,9 @@ class Perplexity:
     nll_mean: float
     nll_stderr: float | None
     window_nlls: tuple[float, ...]
+    document_kind: Literal["", "articles", "rows", "blocks"] = ""
+    document_nlls: tuple[float, ...] = ()
+    document_tokens: tuple[int, ...] = ()
 
     def window_weights(self) -> tuple[float, ...]:
         """Each window's share of the scored tokens; only the last can differ."""
@@ -58,17 +65,6 @@ class Perplexity:
         return asdict(self)
 
 
-def encode(texts: Sequence[str], tokenizer: Any) -> Tensor:
-    """Tokenize rows of text joined with a blank line, without special tokens.
-
-    Returns:
-        Token ids, shape (num_tokens,), int64.
-    """
-    # verbose=False: the whole text is longer than the model takes, which windows make right.
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
-
-
 def measure_perplexity(
     model: Any,
     token_ids: Tensor,
@@ -76,6 +72,7 @@ def measure_perplexity(
     window: int,
     max_windows: int | None,
     batch_size: int = 1,
+    documents: Documents | None = None,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Score `token_ids` in windows that don't overlap: exp(sum of NLL / scored tokens).
@@ -89,6 +86,7 @@ def measure_perplexity(
         max_windows: Windows from the start of the text; None for all. A shorter last window of at
             least 2 tokens counts as one.
         batch_size: Windows in one forward pass.
+        documents: The tokens' documents, whose losses are then kept as well.
         on_window: Called after each forward pass with windows done and windows in all.
 
     Raises:
@@ -101,39 +99,15 @@ def measure_perplexity(
     rows = _split_windows(token_ids, window, max_windows)
     check_length(model, len(rows[0]), what="perplexity window")
     _check_vocabulary(token_ids, vocab_size_of(model))
-    nlls: list[float] = []
+    losses: list[Tensor] = []
     with eval_mode(model):
         body, head = _split_head(model, rows[0][None, :_PROBE_TOKENS].to(device_of(model)))
         for batch in _batches(rows, batch_size):
-            nlls += _score(body, head, batch.to(device_of(model)))
+            losses += _score(body, head, batch.to(device_of(model)))
             if on_window is not None:
-                on_window(len(nlls), len(rows))
-    return _summarise(nlls, [len(row) - 1 for row in rows], window)
-
-
-def paired_ratio(dense: Perplexity, pruned: Perplexity) -> Ratio:
-    """Perplexity of `pruned` over that of `dense`, with a 95 % interval.
-
-    The interval comes from the differences of the two models' NLL window by window (Student's t),
-    so what makes a window hard for both cancels. It takes windows as independent.
-
-    Raises:
-        InputError: The two were not measured on the same windows.
-    """
-    measured = [(p.window, p.num_windows, p.num_tokens) for p in (dense, pruned)]
-    if measured[0] != measured[1]:
-        raise InputError(
-            "a paired ratio needs the same windows (window, windows, tokens) in both models, got "
-            f"{measured[0]} and {measured[1]}; measure both on one text"
-        )
-    weights = dense.window_weights()
-    differences = [p - d for d, p in zip(dense.window_nlls, pruned.window_nlls, strict=True)]
-    mean = math.fsum(w * d for w, d in zip(weights, differences, strict=True))
-    stderr = _stderr(differences, weights, mean)
-    if stderr is None:
-        return make_ratio(math.exp(mean), None, None)
-    half = student_t(len(differences) - 1) * stderr
-    return make_ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+                on_window(len(losses), len(rows))
+    found = _summarise([float(loss.mean()) for loss in losses], [len(x) for x in losses], window)
+    return found if documents is None else _with_documents(found, losses, documents)
 
 
 def _split_windows(token_ids: Tensor, window: int, max_windows: int | None) -> list[Tensor]:
@@ -185,19 +159,19 @@ def _full_logits(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-def _score(body: _Body, head: nn.Module, ids: Tensor) -> list[float]:
-    """Mean NLL of each row of `ids`, shape (batch, length)."""
+def _score(body: _Body, head: nn.Module, ids: Tensor) -> list[Tensor]:
+    """NLL of every token but the first of each row of `ids`, float64 on the CPU, row by row."""
     batch, length = ids.shape
     hidden = body(ids)
     step = max(1, _HEAD_POSITIONS // batch)
-    totals = torch.zeros(batch, dtype=torch.float64)
+    parts = []
     for start in range(0, length - 1, step):
         stop = min(start + step, length - 1)
         logits = head(hidden[:, start:stop]).float()
         targets = ids[:, start + 1 : stop + 1].to(logits.device)
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        totals += nll.view(batch, -1).double().sum(dim=1).cpu()
-    return (totals / (length - 1)).tolist()
+        parts.append(nll.view(batch, -1).double().cpu())
+    return list(torch.cat(parts, dim=1))
 
 
 def _summarise(nlls: list[float], counts: list[int], window: int) -> Perplexity:
@@ -215,12 +189,40 @@ def _summarise(nlls: list[float], counts: list[int], window: int) -> Perplexity:
         num_windows=len(nlls),
         window=window,
         nll_mean=mean,
-        nll_stderr=_stderr(nlls, weights, mean),
+        nll_stderr=window_stderr(nlls, weights, mean),
         window_nlls=tuple(nlls),
     )
 
 
-def _stderr(values: Sequence[float], weights: Sequence[float], mean: float) -> float | None:
+def _with_documents(found: Perplexity, losses: list[Tensor], documents: Documents) -> Perplexity:
+    """The same with the losses of documents, or of blocks of windows where they are too few."""
+    of_token = torch.cat(
+        [
+            documents.of_token[index * found.window + 1 :][: len(loss)]
+            for index, loss in enumerate(losses)
+        ]
+    )
+    kind: Literal["articles", "rows", "blocks"] = "blocks"
+    if documents.kind != "text" and len(of_token.unique()) >= LEAST_DOCUMENTS:
+        kind = documents.kind
+    elif found.num_windows >= LEAST_DOCUMENTS:
+        # The usual length, n^(1/3), unless that leaves too few.
+        length = min(round(found.num_windows ** (1 / 3)), found.num_windows // LEAST_DOCUMENTS)
+        of_window = [torch.full((len(x),), i // length) for i, x in enumerate(losses)]
+        of_token = torch.cat(of_window)
+    else:
+        return found
+    _, of_token, counts = of_token.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(counts), dtype=torch.float64).index_add(0, of_token, torch.cat(losses))
+    return replace(
+        found,
+        document_kind=kind,
+        document_nlls=tuple(sums.tolist()),
+        document_tokens=tuple(counts.tolist()),
+    )
+
+
+def window_stderr(values: Sequence[float], weights: Sequence[float], mean: float) -> float | None:
     """Standard error of a weighted mean; s / sqrt(n) for equal weights."""
     count = len(values)
     if count < 2:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from llmprune.errors import InputError
 from llmprune.recipe import PerplexityTask, Recipe
 from llmprune.texts import read_texts, text_name
+from llmprune_eval.documents import encode_documents
 from llmprune_eval.evaluation import different_texts
 from llmprune_eval.figures import Outcome, judge, measured_figures, task_figures, text_figures
-from llmprune_eval.perplexity import encode, measure_perplexity
+from llmprune_eval.perplexity import measure_perplexity
 from llmprune_eval.quality_report import ModelLine, QualityReport
 from llmprune_eval.report import environment
 from llmprune_eval.subjects import Subject
@@ -132,16 +133,17 @@ def _measure(subject: Subject, fingerprint: str, work: _Work) -> Outcome:
     work.on_progress(f"load {subject.label}", 0, 1)
     loaded = subject.load()
     work.on_progress(f"load {subject.label}", 1, 1)
-    tokens = tuple(encode(read_texts(task), loaded.tokenizer) for task in work.texts)
+    encoded = [encode_documents(read_texts(task), loaded.tokenizer) for task in work.texts]
     perplexities = tuple(
         measure_perplexity(
             loaded.model,
             token_ids,
             window=task.window,
             max_windows=task.max_windows,
+            documents=documents,
             on_window=partial(work.on_progress, f"{text_name(task)}, {subject.label}"),
         )
-        for task, token_ids in zip(work.texts, tokens, strict=True)
+        for task, (token_ids, documents) in zip(work.texts, encoded, strict=True)
     )
     scores = {task.name: _score(subject, fingerprint, loaded, task, work) for task in work.tasks}
     line = ModelLine(
@@ -150,7 +152,7 @@ def _measure(subject: Subject, fingerprint: str, work: _Work) -> Outcome:
         parameters=sum(p.numel() for p in loaded.model.parameters()),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
     )
-    return Outcome(line, tokens, perplexities, scores)
+    return Outcome(line, tuple(ids for ids, _ in encoded), perplexities, scores)
 
 
 def _score(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llmprune.errors import InputError
 from llmprune_eval.intervals import Ratio
 from llmprune_eval.paired import Difference
 from llmprune_eval.perplexity import Perplexity
+from llmprune_eval.perplexity_intervals import interval_note, nll_stderr
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +58,10 @@ class MetricFigures(_Part):
 
 
 class TaskFigures(_Part):
-    """One lm-eval task: all metrics, the one that tables show, and what was run."""
+    """One lm-eval task: all metrics, the one that tables show, and what was run.
+
+    `data` is a sha256 of local rows, or the ids of data sets on the Hub.
+    """
 
     name: str
     headline: str
@@ -64,6 +69,7 @@ class TaskFigures(_Part):
     num_subtasks: int
     limit: int | None
     num_fewshot: int
+    data: str = ""
     metrics: dict[str, MetricFigures]
 
 
@@ -84,6 +90,20 @@ class QualityReport(_Part):
     def to_json(self) -> str:
         """The report as indented JSON."""
         return self.model_dump_json(indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str, *, name: str = "evaluation.json") -> QualityReport:
+        """Read a report; `name` begins the error message.
+
+        Raises:
+            InputError: `text` is not the JSON of a report.
+        """
+        try:
+            return QualityReport.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "evaluation"
+            raise InputError(f"{name}: {key}: {first['msg']}; evaluate again") from error
 
 
 class _Row(NamedTuple):
@@ -123,7 +143,7 @@ def notes_of(report: QualityReport) -> list[str]:
         first = next(iter(text.perplexities.values()))
         notes.append(
             f"perplexity {text.name}: {first.num_windows} windows of {first.window}, "
-            f"{first.num_tokens} scored tokens"
+            f"{first.num_tokens} scored tokens; {interval_note(first)}"
         )
     notes += [_task_note(task) for task in report.tasks]
     if report.texts or report.tasks:
@@ -176,10 +196,11 @@ def _parameter_ratio(report: QualityReport) -> str:
 
 
 def _perplexity_cell(perplexity: Perplexity) -> str:
-    if perplexity.nll_stderr is None:
+    error = nll_stderr(perplexity)
+    if error is None:
         return f"{perplexity.value:.2f}"
     # exp() of the NLL, so its standard error grows with the value
-    return f"{perplexity.value:.2f} ± {perplexity.value * perplexity.nll_stderr:.2f}"
+    return f"{perplexity.value:.2f} ± {perplexity.value * error:.2f}"
 
 
 def _ratio_cell(text: TextFigures) -> str:

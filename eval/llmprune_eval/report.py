@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llmprune.errors import InputError
 from llmprune_eval.intervals import Ratio
 from llmprune_eval.peak_memory import PeakMemory
-from llmprune_eval.perplexity import Perplexity, paired_ratio
+from llmprune_eval.perplexity import Perplexity
+from llmprune_eval.perplexity_intervals import interval_note, paired_ratio
 from llmprune_eval.speed import Latency, SpeedReport
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def figure_notes(report: EvalReport) -> list[str]:
     """How each row was measured, and on what."""
     notes = [
         f"perplexity {text.name}: {text.dense.num_windows} windows of {text.dense.window}, "
-        f"{text.dense.num_tokens} scored tokens"
+        f"{text.dense.num_tokens} scored tokens; {interval_note(text.dense)}"
         for text in report.perplexities
     ]
     if report.speed:

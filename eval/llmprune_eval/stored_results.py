@@ -59,7 +59,8 @@ class Result:
         found = data["perplexity"]
         perplexity = None
         if found is not None:
-            perplexity = Perplexity(**found | {"window_nlls": tuple(found["window_nlls"])})
+            lists = {key: tuple(value) for key, value in found.items() if isinstance(value, list)}
+            perplexity = Perplexity(**found | lists)
         units = {kind: (gone, total) for kind, (gone, total) in data["units"].items()}
         return Result(**{**data, "perplexity": perplexity, "units": units})
 

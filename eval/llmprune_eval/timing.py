@@ -3,10 +3,16 @@
 Two equal models must come out equal whatever else the machine does. So rounds go in pairs: a coin
 draws the order of the first, the second has it reversed. What favours whoever runs first cancels
 within a pair, and no rhythm of the machine can keep step with the coin.
+
+What a coin cannot cancel is a processor that is taken away for most of the time: then the slices of
+other programs are timed. On the CPU every lapse is therefore held against the time that its thread
+ran for. The thread takes part in all work and sleeps where another thread of its own is late, so
+that a processor taken from any of them shows in it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
 import statistics
@@ -28,10 +34,28 @@ _STEADY = 0.1
 
 @dataclass(frozen=True)
 class Pass:
-    """Milliseconds of one prefill and of the median of the decode steps after it."""
+    """Milliseconds of one prefill and of the median of the decode steps after it.
+
+    Attributes:
+        prefill_ms, decode_ms: Wall time.
+        prefill_waited, decode_waited: Share of it, in [0, 1], that the processor was not there;
+            of the decode steps the median. 0 on a GPU, whose own clock is read.
+        switches: How often the processor was taken from this process during the pass.
+    """
 
     prefill_ms: float
     decode_ms: float
+    prefill_waited: float = 0.0
+    decode_waited: float = 0.0
+    switches: int = 0
+
+
+@dataclass(frozen=True)
+class Lapse:
+    """Milliseconds between two marks, and the share of them that the processor was not there."""
+
+    ms: float
+    waited: float
 
 
 @dataclass(frozen=True)
@@ -58,15 +82,18 @@ class _Clock:
             self._marks.append(event)
             return
         self._synchronize()
-        self._marks.append(time.perf_counter())
+        self._marks.append((time.perf_counter(), time.thread_time()))
 
-    def lapses_ms(self) -> list[float]:
-        """Milliseconds between each mark and the next."""
+    def lapses(self) -> list[Lapse]:
+        """What lies between each mark and the next."""
         self._synchronize()
         pairs = itertools.pairwise(self._marks)
         if self.device.type == "cuda":
-            return [start.elapsed_time(end) for start, end in pairs]
-        return [(end - start) * 1e3 for start, end in pairs]
+            return [Lapse(start.elapsed_time(end), 0.0) for start, end in pairs]
+        found = [(end[0] - start[0], end[1] - start[1]) for start, end in pairs]
+        if self.device.type != "cpu":
+            return [Lapse(wall * 1e3, 0.0) for wall, _ in found]
+        return [Lapse(wall * 1e3, _share_waited(wall, ran)) for wall, ran in found]
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
@@ -83,13 +110,34 @@ def time_pass(model: Any, prompt: Tensor, new_tokens: int, cache: Any = None) ->
         cache: A KV cache of fixed size to fill anew; None grows one.
     """
     ids = prompt.to(device_of(model))
+    before = involuntary_switches()
     clock = _Clock(ids.device)
     clock.mark()
     output = prefill(model, ids, cache)
     clock.mark()
     decode_greedily(model, output, new_tokens, on_step=clock.mark)
-    first, *steps = clock.lapses_ms()
-    return Pass(first, statistics.median(steps))
+    first, *steps = clock.lapses()
+    return Pass(
+        first.ms,
+        statistics.median(step.ms for step in steps),
+        first.waited,
+        statistics.median(step.waited for step in steps),
+        involuntary_switches() - before,
+    )
+
+
+def involuntary_switches() -> int:
+    """How often the processor was taken from this process so far; 0 where nobody counts."""
+    if importlib.util.find_spec("resource") is None:
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def _share_waited(wall_s: float, ran_s: float) -> float:
+    """Share of a wall time that a thread did not run, in [0, 1]: clocks differ a little."""
+    return min(1.0, max(0.0, 1 - ran_s / wall_s)) if wall_s > 0 else 0.0
 
 
 def prefill(model: Any, ids: Tensor, cache: Any = None) -> Any:

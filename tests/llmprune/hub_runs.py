@@ -10,10 +10,20 @@ from typing import Any
 
 import yaml
 
-from llmprune.recipe import Recipe
+from llmprune.recipe import ModelSource, Recipe
 from llmprune.verification import Verification, model_sha256
+from llmprune_eval.bench_report import BenchReport, ModelFacts, times_of
 from llmprune_eval.perplexity import Perplexity
+from llmprune_eval.quality_report import (
+    Figure,
+    MetricFigures,
+    ModelLine,
+    QualityReport,
+    TaskFigures,
+)
 from llmprune_eval.report import EvalReport, ModelSize, TextResult
+from llmprune_eval.roofline import Rates
+from llmprune_eval.subjects import Subject
 
 DENSE = "ann/dense"
 ORIGIN = f"{DENSE}@{'a1' * 20}"
@@ -71,6 +81,70 @@ def report_of(**changes: Any) -> EvalReport:
         "samples": {"dense": "the cat sat", "pruned": "the cat the"},
     }
     return EvalReport(**{**found, **changes})
+
+
+def add_results(run: Path, **task: Any) -> tuple[QualityReport, BenchReport]:
+    """Leave in a finished run what `llmprune eval` and `llmprune bench` leave."""
+    model = ModelSource(source=str(run / "model"))
+    fingerprint = Subject("pruned", model, "run").fingerprint()
+    figures = {
+        "dense": Figure(value=0.68, stderr=0.01),
+        "pruned": Figure(value=0.64512, stderr=0.02),
+    }
+    found: dict[str, Any] = {
+        "name": "piqa",
+        "headline": "acc_norm",
+        "num_documents": 200,
+        "num_subtasks": 1,
+        "limit": 200,
+        "num_fewshot": 0,
+        "data": "baber/piqa",
+        "metrics": {"acc_norm": MetricFigures(figures=figures, difference=None)},
+    }
+    line = {"parameters": 3000, "dtype": "float32"}
+    evaluation = QualityReport(
+        environment={"device": "Some CPU", "lm-eval": "0.4.13"},
+        models={
+            "dense": ModelLine(name=DENSE, fingerprint="0" * 64, **line),
+            "pruned": ModelLine(name="run", fingerprint=fingerprint, **line),
+        },
+        tasks=(TaskFigures(**{**found, **task}),),
+    )
+    (run / "eval" / "dense").mkdir(parents=True)
+    (run / "eval" / "evaluation.json").write_text(evaluation.to_json())
+    (run / "eval" / "dense" / "piqa.json").write_text("{}")
+    weights = (run / "model" / "model.safetensors").stat().st_size
+    bench = bench_of({"dense": 2 * weights, "pruned": weights})
+    (run / "bench.json").write_text(bench.to_json())
+    return evaluation, bench
+
+
+def bench_of(weight_bytes: dict[str, int]) -> BenchReport:
+    """A report of models of so many bytes that were loaded and not timed."""
+    rates = Rates(flops_per_s=1e9, bytes_per_s=1e9, buffer_bytes=2**20)
+    facts = {
+        label: ModelFacts(
+            name=label,
+            form="stored weights",
+            dtype="float32",
+            attention="sdpa",
+            parameters=3000,
+            weight_bytes=size,
+            load_s=times_of([0.1]),
+            rates=rates,
+        )
+        for label, size in weight_bytes.items()
+    }
+    return BenchReport(
+        environment={"device": "Some CPU"},
+        backend="as stored",
+        new_tokens=4,
+        rounds=10,
+        seed=0,
+        load_average=0.1,
+        models=facts,
+        points=(),
+    )
 
 
 def finished_run(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import getpass
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 
-from llmprune import cli, hub, load_pruned
+from llmprune import hub, load_pruned
 from llmprune.errors import InputError
 from llmprune.hub import Target
 from tests.llmprune.hub_runs import DENSE, finished_run, front_matter, recipe_of
@@ -24,54 +22,11 @@ from tests.llmprune.hub_store import READER, WRITER, Fault
 
 ROOT = Path(__file__).parents[2]
 REPO = "ann/small"
-CARD = b"---\nlicense: apache-2.0\nlanguage: en\n---\n# dense\n"
-
-
-@pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that were waited, without waiting."""
-    waits: list[float] = []
-    monkeypatch.setattr(hub.time, "sleep", waits.append)
-    return waits
-
-
-@pytest.fixture
-def server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]
-) -> Iterator[HubServer]:
-    constants = huggingface_hub.constants
-    with HubServer() as running:
-        running.create(DENSE, {"README.md": CARD, "config.json": b"{}"})
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        yield running
 
 
 @pytest.fixture
 def run(tmp_path: Path, saved_folder: Path) -> Path:
     return finished_run(tmp_path / "run", saved_folder)
-
-
-@pytest.fixture
-def push(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """The command line, in this process: (exit code, what it printed, its lines on stderr)."""
-
-    def call(*arguments: Any) -> tuple[int, str, list[str]]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["llmprune", "push", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        shown = capfd.readouterr()
-        return int(stop.value.code or 0), shown.out, shown.err.splitlines()
-
-    return call
 
 
 def refused(push: Any, *arguments: Any) -> str:

@@ -58,7 +58,7 @@ def test_what_a_kill_left_in_the_middle_of_a_save_is_removed(tmp_path):
 def test_the_log_forgets_the_steps_that_a_resumed_run_does_again(tmp_path):
     folder = RunFolder.begin(tmp_path, recipe_of(), resume=False)
     for step in (1, 2, 3, 4):
-        folder.add_to_log("gates", step, 0.5)
+        folder.add_to_log("gates", step, {"loss": 0.5})
     folder.forget_steps("gates", 3)
     folder.forget_steps("recovery", 1)
     rows = [json.loads(line) for line in folder.log.read_text().splitlines()]

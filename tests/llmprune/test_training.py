@@ -75,8 +75,8 @@ class Trained:
         self.teacher = teacher_of(frozen or model, self.gates, self.weights)
         self.losses = []
 
-        def on_step(step, steps, loss):
-            self.losses.append(loss)
+        def on_step(step, steps, figures):
+            self.losses.append(figures["loss"])
             if step == stop_after:
                 raise KeyboardInterrupt
 
@@ -359,7 +359,7 @@ def test_recovery_lowers_the_loss_and_leaves_a_plain_model(family, train_what, l
         recipe=recipe,
         accelerator=start_accelerator(recipe.training, 0),
         teacher=dense,
-        on_step=lambda step, steps, loss: losses.append(loss),
+        on_step=lambda step, steps, figures: losses.append(figures["loss"]),
     )
     assert len(losses) == 30
     assert losses[-1] < 0.8 * losses[0]

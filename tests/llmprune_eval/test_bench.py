@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import LlamaForCausalLM
 
 from llmprune import cli, cli_measure
 from llmprune.errors import InputError
@@ -251,6 +252,79 @@ def test_a_control_that_misses_one_warns_of_the_comparison():
     told = list(noise_warnings([point_of({"a": steady, "b": halved}, halved)]))
     assert len(told) == 2
     assert all("do not trust the comparison: the first model against itself" in t for t in told)
+
+
+class SharedProcessor:
+    """A simulated clock: a model's work in seconds of a processor that it gets only a part of."""
+
+    def __init__(self, monkeypatch, share_of):
+        self.wall = self.ran = 0.0
+        self.share_of = share_of
+        monkeypatch.setattr("llmprune_eval.timing.time.perf_counter", lambda: self.wall)
+        monkeypatch.setattr("llmprune_eval.timing.time.thread_time", lambda: self.ran)
+        forward = LlamaForCausalLM.forward
+
+        def forward_on_the_clock(model, *arguments, **options):
+            work = 0.001 * model.config.intermediate_size
+            self.ran += work
+            self.wall += work / self.share_of(model)
+            return forward(model, *arguments, **options)
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", forward_on_the_clock)
+
+
+def measured(tmp_path, **changes):
+    """A model against one of half its work."""
+    sizes = {"dense": 24, "pruned": 12}
+    folders = {n: save_model(tmp_path / n, intermediate_size=s) for n, s in sizes.items()}
+    settings = BenchSettings(contexts=(8,), new_tokens=3, memory=False, **changes)
+    subjects = [subject(name, folder) for name, folder in folders.items()]
+    return bench(subjects, settings, lambda *progress: None)
+
+
+def test_on_a_processor_of_ones_own_the_work_decides(monkeypatch, tmp_path):
+    SharedProcessor(monkeypatch, lambda model: 0.95)
+    report = measured(tmp_path)
+    decode = report.points[0].comparisons["pruned"].decode
+    assert decode.ratio.value == pytest.approx(0.5)
+    assert decode.waited == pytest.approx((0.05, 0.05))
+    assert decode.verdict == "faster"
+    assert not any("too noisy" in warning for warning in report.warnings)
+    dense = report.points[0].models["dense"]
+    assert dense.decode.waited == pytest.approx((0.05,) * 10)
+    assert len(dense.switches) == 10
+
+
+def test_on_a_busy_processor_no_verdict_is_given(monkeypatch, tmp_path):
+    # each round alike: nothing but the processor's own time shows that 0.1 is not the model's
+    SharedProcessor(monkeypatch, lambda m: 0.2 if m.config.intermediate_size == 24 else 1.0)
+    report = measured(tmp_path, check=True)
+    point = report.points[0]
+    for phase in (point.comparisons["pruned"].first_token, point.comparisons["pruned"].decode):
+        assert phase.ratio.value == pytest.approx(0.1)
+        assert phase.ratio.high < 1.0
+        assert phase.verdict == "too noisy"
+    assert point.control.decode.verdict == "too noisy"
+    told = [warning for warning in report.warnings if "too noisy to conclude" in warning]
+    assert len(told) == 2
+    assert "other programs had the processor for 80% of dense's time and 0% of pruned's" in told[0]
+    assert "which no --rounds mend" in told[0]
+
+
+def test_some_disturbed_rounds_do_not_withhold_the_verdict(monkeypatch, tmp_path):
+    calls = iter(range(10**6))
+    # three whole rounds out of ten, of two models with four forward passes each
+    SharedProcessor(monkeypatch, lambda model: 0.3 if next(calls) % 80 < 24 else 1.0)
+    report = measured(tmp_path)
+    assert report.points[0].comparisons["pruned"].decode.verdict == "faster"
+
+
+def test_a_model_alone_on_a_busy_processor_is_warned_of(monkeypatch, tmp_path):
+    SharedProcessor(monkeypatch, lambda model: 0.25)
+    settings = BenchSettings(contexts=(8,), new_tokens=3, memory=False)
+    alone = [subject("model", save_model(tmp_path / "model"))]
+    told = bench(alone, settings, lambda *progress: None).warnings
+    assert sum("for 75% of model's time, which is too long by that" in one for one in told) == 2
 
 
 def test_a_busy_machine_and_unlike_models_are_warned_of(monkeypatch, tmp_path):

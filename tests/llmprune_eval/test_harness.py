@@ -216,6 +216,28 @@ def test_local_rows_become_the_prompts_and_targets_of_the_literature(dense, data
     assert winogrande["arguments"][0] == [f"the cat saw the dog under {row['option1']}", " quickly"]
 
 
+def test_the_same_of_tasks_that_few_have_the_rows_of(dense, data, tmp_path):
+    run(dense, tmp_path / "out", data=data, tasks="arc_challenge,openbookqa,lambada_openai")
+    for task, stem, question, ask in (
+        ("arc_challenge", "arc/ARC-Challenge_test", "question", "Question: {}\nAnswer:"),
+        ("openbookqa", "openbookqa/openbookqa_test", "question_stem", "{}"),
+    ):
+        rows = read_rows(data, stem)
+        found = samples(tmp_path / "out", task)
+        assert len(found) == len(rows)
+        for sample, row in zip(found, rows, strict=True):
+            prompt = ask.format(row[question])
+            assert sample["arguments"] == [[prompt, f" {text}"] for text in row["choices"]["text"]]
+            assert int(sample["target"]) == "ABCD".index(row["answerKey"])
+    for sample, row in zip(
+        samples(tmp_path / "out", "lambada_openai"),
+        read_rows(data, "lambada/lambada_openai_test"),
+        strict=True,
+    ):
+        words, _, last = row["text"].rpartition(" ")
+        assert sample["arguments"] == [[words, f" {last}"]]
+
+
 def test_each_subtask_gets_its_own_rows(dense, tmp_path):
     folder = save_groups(tmp_path, {"causative": 4, "wh_island": 4}, {"anatomy": 3, "virology": 3})
     run(dense, tmp_path / "out", data=folder, tasks="blimp_wh_island,mmlu_virology")

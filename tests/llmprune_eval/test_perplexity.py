@@ -10,7 +10,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 
 from llmprune.errors import InputError
 from llmprune_eval import perplexity
-from llmprune_eval.perplexity import Perplexity, encode, measure_perplexity, paired_ratio
+from llmprune_eval.documents import encode
+from llmprune_eval.perplexity import Perplexity, measure_perplexity
+from llmprune_eval.perplexity_intervals import paired_ratio
 
 
 def whole_logits_perplexity(model, token_ids, window, max_windows=None):

@@ -1,4 +1,5 @@
 import random
+import time
 
 import pytest
 import torch
@@ -40,11 +41,26 @@ def test_a_pass_is_one_prefill_and_single_token_steps(make_llama):
 def test_a_pass_is_timed_by_its_prefill_and_its_median_step(make_llama, monkeypatch):
     # begin, first token, three steps of which one is disturbed
     clock = iter([10.0, 10.5, 10.6, 13.6, 13.8])
+    ran = iter([3.0, 3.4, 3.5, 3.55, 3.7])
     monkeypatch.setattr("llmprune_eval.timing.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("llmprune_eval.timing.time.thread_time", lambda: next(ran))
     with torch.no_grad():
         timed = time_pass(make_llama().eval(), torch.zeros(1, 4, dtype=torch.int64), 3)
     assert timed.prefill_ms == pytest.approx(500.0)
     assert timed.decode_ms == pytest.approx(200.0)
+    # the thread ran for 400 of the prefill's 500 ms; of the steps' 100, 3000, 200: 100, 50, 150
+    assert timed.prefill_waited == pytest.approx(0.2)
+    assert timed.decode_waited == pytest.approx(0.25)
+
+
+def test_a_thread_that_sleeps_is_seen_to_wait(make_llama):
+    model, wait_s = make_llama().eval(), 0.05
+    model.register_forward_hook(lambda *_: time.sleep(wait_s))
+    with torch.no_grad():
+        timed = time_pass(model, torch.zeros(1, 4, dtype=torch.int64), 3)
+    assert timed.decode_ms >= 1e3 * wait_s
+    assert timed.decode_waited > 0.5
+    assert timed.switches >= 0
 
 
 def test_a_cache_of_fixed_size_is_emptied_before_each_prefill(make_llama):
