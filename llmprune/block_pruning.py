@@ -23,11 +23,8 @@ from llmprune.run_folder import RunFolder, identity_of
 from llmprune.run_steps import Watch, read_calibration
 from llmprune.scores import UnitScores
 from llmprune.sources import LoadedModel
-<<<<<<< HEAD
 from llmprune.streams import even_batches
-=======
 from llmprune.tracking import gate_steps
->>>>>>> issue5
 from llmprune.trained_weights import TrainedWeights
 from llmprune.training import GateRun, teacher_of, train_gates
 from llmprune.unit_pruning import REFERENCE_LENGTH
@@ -208,12 +205,8 @@ def _zero_and_recover(
             recipe=recipe,
             accelerator=watch.accelerator,
             teacher=dense.model,
-<<<<<<< HEAD
-            on_step=watch.steps("recovery", folder),
-            first_row=0 if refit is None else refit.num_rows,
-=======
             on_step=watch.steps("recovery", folder, before=gate_steps(recipe)),
->>>>>>> issue5
+            first_row=0 if refit is None else refit.num_rows,
         )
         zero_blocks(pruned, plan)
     gates.detach()
