@@ -55,6 +55,15 @@ def instruction_set() -> str:
     return INSTRUCTION_SETS[_best()]
 
 
+def uses_amx(dtype: torch.dtype) -> bool:
+    """Whether products of this type run on tiles of the processor.
+
+    Raises:
+        RuntimeError: There is no native library.
+    """
+    return dtype == torch.bfloat16 and instruction_set() == "amx"
+
+
 def linear(
     x: Tensor,
     values: Tensor,
