@@ -19,7 +19,7 @@ from torch import Tensor
 from llmprune_kernels import native_build
 from llmprune_kernels.bsr import BLOCK_SIDES, BlockIndex
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _NO_MEMORY = 1

@@ -13,9 +13,20 @@
 
 #if defined(__x86_64__)
 #define IS_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #else
 #define IS_X86 0
+#endif
+
+// Tiles need a system that saves them and a compiler that knows them.
+#if IS_X86 && defined(__linux__) && \
+    (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
+#define HAS_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define HAS_AMX 0
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -48,6 +59,7 @@ struct PanelCall {
 // What one instruction set offers for one element type.
 struct Kernels {
   int64_t stored_bytes, prepared_bytes;
+  bool has_amx;
   bool is_prepared;  // a tile can read x as it is
   int64_t lanes;
   int64_t tile_rows;
@@ -100,7 +112,7 @@ struct Kernels {
 
 // Element types and instruction sets, as Python numbers them.
 enum Element { kF32 = 0, kBF16 = 1, kF16 = 2 };
-enum InstructionSet { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BF16 = 3 };
+enum InstructionSet { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BF16 = 3, kAmx = 4 };
 enum Status { kDone = 0, kNoMemory = 1, kNotSupported = 2 };
 
 // Blocks of one weight by block row, or by block column.
@@ -163,6 +175,7 @@ void sum_tiles(const Kernels& kernels, const Problem& p, const Weight& weight, i
 
 // Where panels become as fast, with 16 lanes.
 constexpr int64_t kMaxFewRows = 11;
+static int64_t kMaxFewRowsAmx = getenv("FEW") ? atoi(getenv("FEW")) : 1;
 
 // A few rows of x, at most kMaxFewRows: lanes along in_features.
 Status run_tiles(const Kernels& kernels, const Problem& p, int threads) {
@@ -265,8 +278,17 @@ Status run_panels(const Kernels& kernels, const Problem& p, int threads) {
   return kDone;
 }
 
+#if HAS_AMX
+#include "block_sparse_amx.h"
+#endif
+
 // Whole vectors of rows as panels; a few that are left over as tiles.
 Status run(const Kernels& kernels, const Problem& p, int threads) {
+#if HAS_AMX
+  if (kernels.has_amx && !p.is_transposed && p.num_rows > kMaxFewRowsAmx) {
+    return amx::run(kernels, p, threads);
+  }
+#endif
   const int64_t few = p.is_transposed ? 0 : kMaxFewRows;
   const int64_t rest = p.num_rows % kernels.lanes;
   if (rest == 0 || rest > few) return run_panels(kernels, p, threads);
@@ -282,9 +304,10 @@ Status run(const Kernels& kernels, const Problem& p, int threads) {
 
 bool find_kernels(int element, int instruction_set, Kernels* found) {
 #if IS_X86
-  if (instruction_set == kAvx512BF16) {
+  if (instruction_set == kAvx512BF16 || instruction_set == kAmx) {
     if (element == kF32) *found = avx512_bf16::kernels<avx512_bf16::F32>();
     if (element == kBF16) *found = avx512_bf16::kernels<avx512_bf16::Dot>();
+    found->has_amx = element == kBF16 && instruction_set == kAmx;
     if (element == kF16) *found = avx512_bf16::kernels<avx512_bf16::F16>();
     return true;
   }
@@ -308,6 +331,22 @@ bool find_kernels(int element, int instruction_set, Kernels* found) {
 
 }  // namespace
 
+#if HAS_AMX
+// Whether tiles may be used: the processor has them, the system saves them and lets this process.
+static bool has_amx() {
+  unsigned a, b, c, d, low, high;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  // bfloat16 and tiles
+  if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  // configuration and data of tiles
+  if ((low >> 17 & 3) != 3) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 extern "C" {
 
 // The best instruction set of this processor.
@@ -318,7 +357,12 @@ EXPORT int llmprune_instruction_set() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512BF16;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+#if HAS_AMX
+    if (has_amx()) return kAmx;
+#endif
+    return kAvx512BF16;
+  }
   if (avx512) return kAvx512;
   if (avx2) return kAvx2;
 #endif
