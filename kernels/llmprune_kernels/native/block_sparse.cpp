@@ -11,6 +11,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #if defined(__x86_64__)
 #define IS_X86 1
 #include <cpuid.h>
@@ -175,7 +179,6 @@ void sum_tiles(const Kernels& kernels, const Problem& p, const Weight& weight, i
 
 // Where panels become as fast, with 16 lanes.
 constexpr int64_t kMaxFewRows = 11;
-static int64_t kMaxFewRowsAmx = getenv("FEW") ? atoi(getenv("FEW")) : 1;
 
 // A few rows of x, at most kMaxFewRows: lanes along in_features.
 Status run_tiles(const Kernels& kernels, const Problem& p, int threads) {
@@ -285,9 +288,7 @@ Status run_panels(const Kernels& kernels, const Problem& p, int threads) {
 // Whole vectors of rows as panels; a few that are left over as tiles.
 Status run(const Kernels& kernels, const Problem& p, int threads) {
 #if HAS_AMX
-  if (kernels.has_amx && !p.is_transposed && p.num_rows > kMaxFewRowsAmx) {
-    return amx::run(kernels, p, threads);
-  }
+  if (kernels.has_amx) return amx::run(kernels, p, threads);
 #endif
   const int64_t few = p.is_transposed ? 0 : kMaxFewRows;
   const int64_t rest = p.num_rows % kernels.lanes;

@@ -1,17 +1,19 @@
-// Many rows of x in bfloat16 on tiles of the processor (AMX): y^T = W x^T, 16 outputs by 16 rows.
+// bfloat16 on tiles of the processor (AMX): y^T = W x^T, 16 outputs by 16 rows of x at a time.
 //
 // A tile of the weight is 16 rows of a stored block, read where they are: nothing of a weight is
-// packed or kept. x is packed once a call as for panels of one vector, which is the layout that the
-// second operand of a tile product has: pairs of numbers of 16 rows. Sums are fp32, in the order of
-// the blocks, whatever the threads and the other rows are.
+// kept, so nothing can be out of date (x W needs transposed blocks, and makes them in each call).
+// x is packed in each call as for panels of one vector, which is the layout that the second operand
+// of a tile product has: pairs of numbers of 16 rows. Sums are fp32, in the order of the blocks,
+// whatever the threads and the other rows are.
 //
-// A compiler sees no memory that a tile is loaded from: a barrier is before the first.
+// A compiler does not see what memory a tile is loaded from: a barrier is before the first.
 
 namespace amx {
 
 #define AMX_TARGET __attribute__((target("amx-tile,amx-bf16")))
 
-constexpr int64_t kLanes = 16;     // outputs, or rows of x, of a tile
+constexpr int64_t kLanes = 16;  // outputs, or rows of x, of a tile
+constexpr int64_t kTile = kLanes * kLanes;
 constexpr int64_t kPairGroups = 2;  // groups of rows of x that are multiplied at one time
 
 struct Call {
@@ -50,6 +52,7 @@ AMX_TARGET void release() { _tile_release(); }
 template <int OUTPUTS, int GROUPS>
 AMX_TARGET void multiply(const Call& call) {
   asm volatile("" : : : "memory");
+  float *first = call.sums, *second = call.sums + call.sums_group;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -80,16 +83,13 @@ AMX_TARGET void multiply(const Call& call) {
       }
     }
   }
-  float* sums = call.sums;
-  _tile_stored(0, sums, 64);
-  if constexpr (GROUPS == 2) _tile_stored(1, sums + call.sums_group, 64);
-  if constexpr (OUTPUTS > 1) {
-    _tile_stored(2, sums + 256, 64);
-    if constexpr (GROUPS == 2) _tile_stored(3, sums + call.sums_group + 256, 64);
-  }
+  _tile_stored(0, first, 64);
+  if constexpr (GROUPS == 2) _tile_stored(1, second, 64);
+  if constexpr (OUTPUTS > 1) _tile_stored(2, first + kTile, 64);
+  if constexpr (OUTPUTS > 1 && GROUPS == 2) _tile_stored(3, second + kTile, 64);
   if constexpr (OUTPUTS == 4) {
-    _tile_stored(1, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
+    _tile_stored(1, first + 2 * kTile, 64);
+    _tile_stored(3, first + 3 * kTile, 64);
   }
 }
 
@@ -98,82 +98,125 @@ void multiply_all(Call call, int64_t height) {
   for (int64_t n = 0; n < height; n += OUTPUTS * kLanes) {
     multiply<OUTPUTS, GROUPS>(call);
     call.weight += OUTPUTS * kLanes * call.width;
-    call.sums += OUTPUTS * kLanes * kLanes;
+    call.sums += OUTPUTS * kTile;
   }
 }
 
-// One or two groups of rows of x times one block row.
-void sum_groups(const Problem& p, const Weight& weight, int64_t block, int64_t groups,
-                const uint32_t* x, int64_t group, float* sums) {
-  const int64_t begin = weight.pointer[block], block_size = p.height * p.width;
-  const Call call{static_cast<const uint16_t*>(weight.values) + begin * block_size,
-                  weight.column + begin, weight.pointer[block + 1] - begin, block_size, p.width,
-                  x, group, sums, kMaxSide * kLanes};
+// One or two groups of rows of x times one block row of `height` outputs.
+void sum_groups(const Call& call, int64_t height, int64_t groups) {
   if (groups == 2) {
-    p.height == 16 ? multiply_all<1, 2>(call, p.height) : multiply_all<2, 2>(call, p.height);
+    height == 16 ? multiply_all<1, 2>(call, height) : multiply_all<2, 2>(call, height);
   } else {
-    p.height == 16   ? multiply_all<1, 1>(call, p.height)
-    : p.height == 32 ? multiply_all<2, 1>(call, p.height)
-                     : multiply_all<4, 1>(call, p.height);
+    height == 16   ? multiply_all<1, 1>(call, height)
+    : height == 32 ? multiply_all<2, 1>(call, height)
+                   : multiply_all<4, 1>(call, height);
   }
 }
 
-// Rows `first` to `first + rows` of x times one block row.
-void write_groups(const Kernels& kernels, const Problem& p, int64_t block, int64_t first,
-                  int64_t rows, const uint32_t* x, int64_t group) {
-  alignas(64) float by_output[2][kPairGroups * kMaxSide * kLanes];
-  alignas(64) float sums[2][kMaxSide * kLanes];
-  configure(p.width);
-  for (int64_t m = 0; m < rows; m += kPairGroups * kLanes) {
-    const int64_t groups = rows - m > kLanes ? 2 : 1;
+// The blocks of one block row where they are, or of one block column, each transposed into `made`.
+Call blocks_of(const Problem& p, const Weight& weight, int64_t block, uint16_t* made) {
+  const int64_t begin = weight.pointer[block], count = weight.pointer[block + 1] - begin;
+  const int64_t block_size = p.height * p.width;
+  const uint16_t* values = static_cast<const uint16_t*>(weight.values);
+  Call call{};
+  call.weight = p.is_transposed ? made : values + begin * block_size;
+  call.column = weight.column + begin;
+  call.count = count;
+  call.block_size = block_size;
+  call.width = p.is_transposed ? p.height : p.width;
+  call.sums_group = kMaxSide * kLanes;
+  for (int64_t j = 0; p.is_transposed && j < count; j++) {
+    avx512_bf16::transpose_block(values + weight.place[begin + j] * block_size, p.height, p.width,
+                                 made + j * block_size);
+  }
+  return call;
+}
+
+// Asks for `rows` rows of y before they are written: they lie too far apart for a processor to see
+// where the next one is.
+__attribute__((target("prfchw"))) void fetch_rows(const uint16_t* y, int64_t y_row, int64_t rows,
+                                                  int64_t count) {
+  for (int64_t m = 0; m < rows; m++, y += y_row) {
+    for (int64_t n = 0; n < count; n += 32) __builtin_prefetch(y + n, 1, 3);
+  }
+}
+
+// `rows` rows of x, from row `first` on, times one block row, or block column.
+void write_groups(const Problem& p, int64_t block, int64_t first, int64_t rows, const uint32_t* x,
+                  int64_t group, uint16_t* made) {
+  alignas(64) float sums[2][kPairGroups * kMaxSide * kLanes];
+  const int64_t height = p.out_width(), y_row = p.out_blocks * height, n = block * height;
+  const uint16_t* bias = static_cast<const uint16_t*>(p.bias);
+  uint16_t* y = static_cast<uint16_t*>(p.y) + first * y_row + n;
+  Call calls[2];
+  for (int64_t i = 0; i < p.num_weights; i++) {
+    calls[i] = blocks_of(p, p.weights[i], block, made);
+    calls[i].group = group;
+    calls[i].sums = sums[i];
+  }
+  configure(calls[0].width);
+  for (int64_t m = 0; m < rows; m += kPairGroups * kLanes, y += kPairGroups * kLanes * y_row) {
+    const int64_t left = rows - m;
+    const int64_t groups = left > kLanes ? 2 : 1;
+    fetch_rows(y, y_row, left < kPairGroups * kLanes ? left : kPairGroups * kLanes, height);
     for (int64_t i = 0; i < p.num_weights; i++) {
-      sum_groups(p, p.weights[i], block, groups, x + m / kLanes * group, group, by_output[i]);
+      calls[i].x = x + m / kLanes * group;
+      sum_groups(calls[i], height, groups);
     }
     for (int64_t g = 0; g < groups; g++) {
-      for (int64_t i = 0; i < p.num_weights; i++) {
-        kernels.unpack_panel(by_output[i] + g * kMaxSide * kLanes, 1, p.height, sums[i]);
-      }
-      const int64_t at = m + g * kLanes;
-      for (int64_t row = 0; row < kLanes && at + row < rows; row++) {
-        write_row(kernels, p, block, first + at + row, sums[0] + row * p.height,
-                  sums[1] + row * p.height);
-      }
+      const int64_t place = g * kMaxSide * kLanes, rest = left - g * kLanes;
+      avx512_bf16::write_tiles(sums[0] + place, p.num_weights == 2 ? sums[1] + place : nullptr,
+                               bias ? bias + n : nullptr, height, rest < kLanes ? rest : kLanes,
+                               y + g * kLanes * y_row, y_row);
     }
   }
   release();
 }
 
-// Packed rows of x that are multiplied with one block row after another: half of a cache of 2 MiB.
-constexpr int64_t kChunkBytes = 1 << 20;
+int64_t thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Groups of 16 rows that are packed in one round and multiplied while they are in a cache of 2 MiB.
+// Fewer read the weight more often, more leave the cache: 512 rows of 2048 numbers took a tenth
+// longer with 8 or 32. Threads wait for one another twice a round.
+constexpr int64_t kRoundGroups = 16;
 
 Status run(const Kernels& kernels, const Problem& p, int threads) {
   // Packing writes whole squares of units: a row may end within one.
   const int64_t group = (p.in_size + 31) / 32 * 16 * kLanes;
-  const int64_t groups = (p.num_rows + kLanes - 1) / kLanes;
-  const int64_t fitting = kChunkBytes / (group * 4) / 2 * 2;
-  const int64_t chunk = fitting < 2 ? 2 : fitting;
-  const int64_t chunks = (groups + chunk - 1) / chunk;
-  uint32_t* packed = static_cast<uint32_t*>(aligned_alloc(64, groups * group * 4));
-  if (!packed) return kNoMemory;
+  const int64_t needed = (p.num_rows + kLanes - 1) / kLanes;
+  const int64_t groups = needed < kRoundGroups ? needed : kRoundGroups;
+  int64_t most = 0;
+  for (int64_t block = 0; p.is_transposed && block < p.out_blocks; block++) {
+    const int64_t count = p.weights[0].pointer[block + 1] - p.weights[0].pointer[block];
+    most = count > most ? count : most;
+  }
+  const int64_t packed_bytes = groups * group * 4, made_bytes = most * p.height * p.width * 2;
+  char* memory = static_cast<char*>(aligned_alloc(64, packed_bytes + threads * made_bytes));
+  if (!memory) return kNoMemory;
+  uint32_t* packed = reinterpret_cast<uint32_t*>(memory);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  for (int64_t start = 0; start < p.num_rows; start += groups * kLanes) {
+    const int64_t rest = p.num_rows - start;
+    const int64_t rows = rest < groups * kLanes ? rest : groups * kLanes;
+    void* made = memory + packed_bytes + thread_index() * made_bytes;
 #pragma omp for schedule(static)
-    for (int64_t g = 0; g < groups; g++) {
-      const int64_t m = g * kLanes;
-      kernels.pack_panel(static_cast<const uint16_t*>(p.x) + m * p.x_stride, p.x_stride,
-                         p.num_rows - m < kLanes ? p.num_rows - m : kLanes, p.in_size, 1,
-                         packed + g * group);
+    for (int64_t m = 0; m < rows; m += kLanes) {
+      kernels.pack_panel(static_cast<const uint16_t*>(p.x) + (start + m) * p.x_stride, p.x_stride,
+                         rows - m < kLanes ? rows - m : kLanes, p.in_size, 1,
+                         packed + m / kLanes * group);
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < chunks * p.out_blocks; task++) {
-      const int64_t first = task / p.out_blocks * chunk * kLanes;
-      const int64_t rest = p.num_rows - first;
-      write_groups(kernels, p, task % p.out_blocks, first,
-                   rest < chunk * kLanes ? rest : chunk * kLanes,
-                   packed + first / kLanes * group, group);
+    for (int64_t block = 0; block < p.out_blocks; block++) {
+      write_groups(p, block, start, rows, packed, group, static_cast<uint16_t*>(made));
     }
   }
-  free(packed);
+  free(memory);
   return kDone;
 }
 
