@@ -70,8 +70,8 @@ def _tables() -> dict[tuple[str, str], _Grids]:
         for cell in table["cells"]:
             grids = tables.setdefault((cell["dtype"], table["dense"][cell["dtype"]]), {})
             for way, speed in cell["speedup"].items():
-                times = grids.setdefault((way, (cell["block"][0], cell["block"][1])), {})
-                times = times.setdefault(cell["num_rows"], {})
+                grid = grids.setdefault((way, (cell["block"][0], cell["block"][1])), {})
+                times = grid.setdefault(cell["num_rows"], {})
                 # of several processors, the slowest against dense
                 times[cell["density"]] = max(times.get(cell["density"], 0.0), 1 / speed)
     return tables

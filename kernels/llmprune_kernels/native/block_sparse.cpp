@@ -23,14 +23,9 @@
 #define IS_X86 0
 #endif
 
-// Tiles need a system that saves them and a compiler that knows them.
-#if IS_X86 && defined(__linux__) && \
-    (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
-#define HAS_AMX 1
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#else
-#define HAS_AMX 0
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -63,7 +58,7 @@ struct PanelCall {
 // What one instruction set offers for one element type.
 struct Kernels {
   int64_t stored_bytes, prepared_bytes;
-  bool has_amx;
+  bool has_amx;      // products run on tiles of the processor
   bool is_prepared;  // a tile can read x as it is
   int64_t lanes;
   int64_t tile_rows;
@@ -281,9 +276,7 @@ Status run_panels(const Kernels& kernels, const Problem& p, int threads) {
   return kDone;
 }
 
-#if HAS_AMX
 #include "block_sparse_amx.h"
-#endif
 
 // Whole vectors of rows as panels; a few that are left over as tiles.
 Status run(const Kernels& kernels, const Problem& p, int threads) {
@@ -308,8 +301,8 @@ bool find_kernels(int element, int instruction_set, Kernels* found) {
   if (instruction_set == kAvx512BF16 || instruction_set == kAmx) {
     if (element == kF32) *found = avx512_bf16::kernels<avx512_bf16::F32>();
     if (element == kBF16) *found = avx512_bf16::kernels<avx512_bf16::Dot>();
-    found->has_amx = element == kBF16 && instruction_set == kAmx;
     if (element == kF16) *found = avx512_bf16::kernels<avx512_bf16::F16>();
+    found->has_amx = element == kBF16 && instruction_set == kAmx;
     return true;
   }
   if (instruction_set == kAvx512) {
@@ -332,22 +325,6 @@ bool find_kernels(int element, int instruction_set, Kernels* found) {
 
 }  // namespace
 
-#if HAS_AMX
-// Whether tiles may be used: the processor has them, the system saves them and lets this process.
-static bool has_amx() {
-  unsigned a, b, c, d, low, high;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  // bfloat16 and tiles
-  if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  // configuration and data of tiles
-  if ((low >> 17 & 3) != 3) return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-#endif
-
 extern "C" {
 
 // The best instruction set of this processor.
@@ -360,7 +337,7 @@ EXPORT int llmprune_instruction_set() {
                       __builtin_cpu_supports("avx512dq");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) {
 #if HAS_AMX
-    if (has_amx()) return kAmx;
+    if (amx::is_allowed()) return kAmx;
 #endif
     return kAvx512BF16;
   }

@@ -8,6 +8,15 @@
 //
 // A compiler does not see what memory a tile is loaded from: a barrier is before the first.
 
+// Tiles need a system that saves them and a compiler that knows them.
+#if defined(__clang__)
+#define KNOWS_AMX (__clang_major__ >= 12)
+#else
+#define KNOWS_AMX (__GNUC__ >= 11)
+#endif
+#if IS_X86 && defined(__linux__) && KNOWS_AMX
+#define HAS_AMX 1
+
 namespace amx {
 
 #define AMX_TARGET __attribute__((target("amx-tile,amx-bf16")))
@@ -27,6 +36,22 @@ struct Call {
   float* sums;              // [group][output][row of x]
   int64_t sums_group;
 };
+
+// Whether tiles may be used: the processor has them, the system saves them and lets this process.
+bool is_allowed() {
+  unsigned a, b, c, d, saved, high;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool has_bf16 = d >> 22 & 1, has_tiles = d >> 24 & 1;
+  if (!has_bf16 || !has_tiles) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+  const bool has_xgetbv = c >> 27 & 1;
+  if (!has_xgetbv) return false;
+  asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  constexpr unsigned kTileStates = 3u << 17;
+  if ((saved & kTileStates) != kTileStates) return false;
+  // ARCH_REQ_XCOMP_PERM, for XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
 
 struct Config {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -221,3 +246,7 @@ Status run(const Kernels& kernels, const Problem& p, int threads) {
 }
 
 }  // namespace amx
+
+#else
+#define HAS_AMX 0
+#endif

@@ -261,11 +261,12 @@ ISA_TARGET void write_tiles(const float* sums, const float* up, const uint16_t* 
   }
 }
 
+INLINE Words load_words(const uint16_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const LooseHalves*>(p), Words);
+}
+
 // A block of `height` rows of `width` numbers as `width` rows of `height` numbers.
 ISA_TARGET void transpose_block(const uint16_t* w, int64_t height, int64_t width, uint16_t* out) {
-  const auto load = [](const uint16_t* p) ISA_TARGET {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  };
   const int count = height < 2 * kLanes ? kLanes / 2 : kLanes;
   for (int64_t n = 0; n < height; n += 2 * kLanes) {
     for (int64_t k = 0; k < width; k += kLanes) {
@@ -273,7 +274,7 @@ ISA_TARGET void transpose_block(const uint16_t* w, int64_t height, int64_t width
       for (int i = 0; i < kLanes; i++) v[i] = Floats{};
       for (int i = 0; i < count; i++) {
         const uint16_t* row = w + (n + 2 * i) * width + k;
-        v[i] = (Floats)_mm512_or_si512(load(row), _mm512_slli_epi32(load(row + width), 16));
+        v[i] = (Floats)(Words)(load_words(row) | load_words(row + width) << 16);
       }
       transpose<1>(v);
       for (int i = 0; i < kLanes; i++) store_pairs(out + (k + i) * height + n, v[i], count);
