@@ -74,6 +74,19 @@ def test_a_dense_product_on_tiles_is_left_alone_by_kernels_without(on):
         assert dispatch.choose_backend(work(torch.bfloat16, num_rows)).backend == "native"
 
 
+def test_shipped_tables_say_what_each_kind_of_processor_runs(on):
+    dtypes = (torch.float32, torch.bfloat16)
+    for identity, found in ((EPYC, "avx512_bf16"), (SAPPHIRE_RAPIDS, "amx")):
+        on(identity, found)
+        for dtype in dtypes:
+            for num_rows in (1, 16, 512):
+                assert dispatch.choose_backend(work(dtype, num_rows)).backend == "native"
+    # MKL is several times as fast on the second
+    for identity, backend in ((EPYC, "native"), (SAPPHIRE_RAPIDS, "densify")):
+        on(identity, "avx512_bf16")
+        assert dispatch.choose_backend(work(torch.float32, 512, 1.0)).backend == backend
+
+
 def test_no_kernel_has_tiles_of_float16(on):
     for found in ("avx512_bf16", "amx"):
         on(GRANITE_RAPIDS, found)
