@@ -1,7 +1,7 @@
 """Block-sparse against dense products on this CPU: results/cpu-<device>.{json,md}, or the table.
 
     python kernels/benchmarks/cpu.py --threads 1 2      # full set on one thread, short set on two
-    python kernels/benchmarks/cpu.py --table            # kernels/llmprune_kernels/tables/cpu.json
+    python kernels/benchmarks/cpu.py --table            # llmprune_kernels/tables/cpu-<device>.json
 
 Every way is compared with float64 before it is timed; one that is wrong stops the run. Dense and
 all ways take turns, in rounds. The figure is the median of process CPU time (other work on the
@@ -31,7 +31,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llmprune_kernels import cpu, cpu_table, native, reference
+from llmprune_kernels import cpu, cpu_table, native, processor, reference
 from llmprune_kernels.bsr import BlockIndex, gather_blocks
 
 RESULTS = Path(__file__).with_name("results")
@@ -182,10 +182,18 @@ def device() -> dict[str, str]:
     return {key: fields[key].strip() for key in ("model name", "cpu family", "model")}
 
 
+def slug() -> str:
+    """Name of this processor's files."""
+    names = device()
+    model = re.sub(r"[^a-z0-9]+", "-", names["model name"].lower()).strip("-")
+    return f"cpu-{model}-family{names['cpu family']}"
+
+
 def conditions() -> dict[str, object]:
     """What figures hold for."""
     return {
         "device": device(),
+        "dense": processor.dense_kinds(),
         "instruction_set": native.instruction_set() if native.is_available() else None,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
@@ -218,7 +226,8 @@ def write_table(*, rounds: int) -> None:
         print(cells[-1], flush=True)
     head = json.dumps({**conditions(), "shape": [2048, 2048], "threads": 1})
     body = ",\n".join(json.dumps(cell) for cell in cells)
-    cpu_table.PATH.write_text(f'{head[:-1]}, "cells": [\n{body}\n]}}\n')
+    path = cpu_table.FOLDER / f"{slug()}.json"
+    path.write_text(f'{head[:-1]}, "cells": [\n{body}\n]}}\n')
 
 
 def write_results(thread_counts: list[int], *, rounds: int) -> None:
@@ -242,9 +251,7 @@ def write_results(thread_counts: list[int], *, rounds: int) -> None:
                 }
             )
             print(threads, case, ratios, flush=True)
-    names = device()
-    slug = re.sub(r"[^a-z0-9]+", "-", names["model name"].lower()).strip("-")
-    path = RESULTS / f"cpu-{slug}-family{names['cpu family']}"
+    path = RESULTS / slug()
     RESULTS.mkdir(exist_ok=True)
     result: dict[str, Any] = {**conditions(), "rounds": rounds, "cells": measured}
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Products with a weight stored in blocks, in plain PyTorch, for a CPU without the C++ library.
 
-There is no best way: which is fastest hangs on the number of rows, the density, the dtype and the
-block, so `choose_way` reads it from a measured table (tables/cpu.json, written by
+There is no best way: which is fastest hangs on the number of rows, the density, the dtype, the
+block and the processor: `choose_way` reads it from measured tables (tables/cpu-*.json, written by
 benchmarks/cpu.py). Shapes as in `reference`: x (M, in_features), dy (M, out_features), values
 (num_blocks, rows, columns); float32, bfloat16, float16 and float64.
 """

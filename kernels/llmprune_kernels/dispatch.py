@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
-from llmprune_kernels import cpu, native
+from llmprune_kernels import cpu, native, processor
 from llmprune_kernels.triton_runtime import has_triton
 
 Backend = Literal["reference", "pytorch", "native", "triton", "densify"]
@@ -78,7 +78,7 @@ def choose_backend(work: Work) -> Choice:
 
 
 def _on_cpu(work: Work) -> Choice:
-    compiled = native.is_available() and native.supports(work.dtype) and not _is_outrun(work)
+    compiled = native.is_available() and native.supports(work.dtype) and not is_outrun(work)
     speedup = cpu.predicted_speedup(
         work.num_rows, work.density, work.dtype, work.block, native=compiled
     )
@@ -90,17 +90,17 @@ def _on_cpu(work: Work) -> Choice:
     return Choice(backend, said, speedup)
 
 
-def _is_outrun(work: Work) -> bool:
-    """Whether the dense product has instructions for bfloat16 that the compiled kernel lacks.
+def is_outrun(work: Work) -> bool:
+    """Whether the dense product has instructions for 16 bits that the compiled kernel lacks.
 
-    The measured table is of a processor where it has them; without, many rows took 1.3 to 2.2
-    times as long as the dense product (density 0.5, 512 rows).
+    The tables are of processors where both have them. Without those for bfloat16, many rows took
+    1.3 to 2.2 times as long as the dense product (density 0.5, 512 rows); without AMX, 1.3 times
+    for 16 rows and 5 times for 512. One row is bound by memory and was faster in each case.
     """
-    return (
-        work.dtype == torch.bfloat16
-        and work.num_rows > DECODE_ROWS
-        and native.instruction_set() != "avx512_bf16"
-    )
+    if processor.dense_kind(work.dtype) == "amx":
+        return work.num_rows > 1 and not native.uses_amx(work.dtype)
+    dots = native.instruction_set() in ("avx512_bf16", "amx")
+    return work.dtype == torch.bfloat16 and work.num_rows > DECODE_ROWS and not dots
 
 
 def _on_gpu(work: Work) -> Choice:

@@ -19,7 +19,7 @@ from torch import Tensor
 from llmprune_kernels import native_build
 from llmprune_kernels.bsr import BLOCK_SIDES, BlockIndex
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _NO_MEMORY = 1
@@ -53,6 +53,15 @@ def instruction_set() -> str:
     """
     _loaded()
     return INSTRUCTION_SETS[_best()]
+
+
+def uses_amx(dtype: torch.dtype) -> bool:
+    """Whether products of this type run on tiles of the processor.
+
+    Raises:
+        RuntimeError: There is no native library.
+    """
+    return dtype == torch.bfloat16 and instruction_set() == "amx"
 
 
 def linear(

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from llmprune_kernels import cpu, native, reference
 from llmprune_kernels.bsr import BlockIndex, scatter_blocks
-from llmprune_kernels.dispatch import DECODE_ROWS, Backend, Work, choose_backend
+from llmprune_kernels.dispatch import DECODE_ROWS, Backend, Work, choose_backend, is_outrun
 from llmprune_kernels.triton_runtime import has_triton
 
 
@@ -177,8 +177,9 @@ def _grad_input(
     flat = dy.reshape(-1, dy.shape[-1])
     if dy.device.type == "cpu":
         compiled = native.is_available() and native.supports(dy.dtype)
+        compiled = compiled and not is_outrun(_transposed_work(flat, values, index))
         dx = (native if compiled else cpu).grad_input(flat, values, index)
-    elif _trains_on_triton(flat, values, index):
+    elif choose_backend(_transposed_work(flat, values, index)).backend == "triton":
         from llmprune_kernels.gradients import grad_input
 
         dx = grad_input(flat, values, index)
@@ -228,12 +229,11 @@ def _grad_work(x: Tensor, index: BlockIndex, rows: int, columns: int) -> Work:
     return Work(x.device.type, x.dtype, x.shape[0], *sizes, (rows, columns), index.density)
 
 
-def _trains_on_triton(dy: Tensor, values: Tensor, index: BlockIndex) -> bool:
-    """Whether the transposed product is worth a kernel: its output side is the block's columns."""
+def _transposed_work(dy: Tensor, values: Tensor, index: BlockIndex) -> Work:
+    """Of the gradient of the input: its output side is the block's columns."""
     rows, columns = values.shape[1:]
     sizes = (index.block_rows * rows, index.block_columns * columns)
-    work = Work(dy.device.type, dy.dtype, dy.shape[0], *sizes, (columns, rows), index.density)
-    return choose_backend(work).backend == "triton"
+    return Work(dy.device.type, dy.dtype, dy.shape[0], *sizes, (columns, rows), index.density)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

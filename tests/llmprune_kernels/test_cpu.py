@@ -129,13 +129,13 @@ def _small_table(tmp_path, monkeypatch):
             ("float32", [64, 64], 1, 0.5, {"native": 10.0, "gather_bmm": 1.0}),
         )
     ]
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps({"cells": cells}))
-    monkeypatch.setattr(cpu_table, "PATH", path)
-    cpu_table._table.cache_clear()
+    dense = {"dense": {"float32": "any"}}
+    (tmp_path / "cpu-one.json").write_text(json.dumps({**dense, "cells": cells}))
+    monkeypatch.setattr(cpu_table, "FOLDER", tmp_path)
+    cpu_table._tables.cache_clear()
     cpu_table.speedup.cache_clear()
     yield
-    cpu_table._table.cache_clear()
+    cpu_table._tables.cache_clear()
     cpu_table.speedup.cache_clear()
 
 

@@ -163,27 +163,3 @@ def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv(OVERRIDE, "magic")
     with pytest.raises(ValueError, match=r"must be one of reference, .*got 'magic'"):
         block_sparse_linear(*problem("half", (16, 16), 3)[:3])
-
-
-def test_many_rows_in_bfloat16_need_its_instructions(monkeypatch):
-    from llmprune_kernels import dispatch
-
-    monkeypatch.setattr(dispatch.native, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch.native, "supports", lambda dtype: True)
-    work = dispatch.Work("cpu", torch.bfloat16, 512, 1024, 1024, (64, 64), 0.25)
-    for found, runs in (("avx512_bf16", True), ("avx2", False)):
-        monkeypatch.setattr(dispatch.native, "instruction_set", lambda found=found: found)
-        assert (dispatch.choose_backend(work).backend == "native") == runs
-
-
-def test_density_decides_between_blocks_and_dense(monkeypatch):
-    """A backend that is predicted to be slower than dense does not run."""
-    from llmprune_kernels import dispatch
-
-    work = dispatch.Work("cpu", torch.float32, 4, 64, 64, (16, 16), 0.5)
-    monkeypatch.setattr(dispatch.cpu, "predicted_speedup", lambda *a, **k: 0.9)
-    choice = dispatch.choose_backend(work)
-    assert choice.backend == "densify"
-    assert "would be slower" in choice.reason
-    monkeypatch.setattr(dispatch.cpu, "predicted_speedup", lambda *a, **k: 1.1)
-    assert dispatch.choose_backend(work).backend in ("native", "pytorch")

@@ -11,11 +11,21 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #if defined(__x86_64__)
 #define IS_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #else
 #define IS_X86 0
+#endif
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -48,6 +58,7 @@ struct PanelCall {
 // What one instruction set offers for one element type.
 struct Kernels {
   int64_t stored_bytes, prepared_bytes;
+  bool has_amx;      // products run on tiles of the processor
   bool is_prepared;  // a tile can read x as it is
   int64_t lanes;
   int64_t tile_rows;
@@ -100,7 +111,7 @@ struct Kernels {
 
 // Element types and instruction sets, as Python numbers them.
 enum Element { kF32 = 0, kBF16 = 1, kF16 = 2 };
-enum InstructionSet { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BF16 = 3 };
+enum InstructionSet { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BF16 = 3, kAmx = 4 };
 enum Status { kDone = 0, kNoMemory = 1, kNotSupported = 2 };
 
 // Blocks of one weight by block row, or by block column.
@@ -265,8 +276,13 @@ Status run_panels(const Kernels& kernels, const Problem& p, int threads) {
   return kDone;
 }
 
+#include "block_sparse_amx.h"
+
 // Whole vectors of rows as panels; a few that are left over as tiles.
 Status run(const Kernels& kernels, const Problem& p, int threads) {
+#if HAS_AMX
+  if (kernels.has_amx) return amx::run(kernels, p, threads);
+#endif
   const int64_t few = p.is_transposed ? 0 : kMaxFewRows;
   const int64_t rest = p.num_rows % kernels.lanes;
   if (rest == 0 || rest > few) return run_panels(kernels, p, threads);
@@ -282,10 +298,11 @@ Status run(const Kernels& kernels, const Problem& p, int threads) {
 
 bool find_kernels(int element, int instruction_set, Kernels* found) {
 #if IS_X86
-  if (instruction_set == kAvx512BF16) {
+  if (instruction_set == kAvx512BF16 || instruction_set == kAmx) {
     if (element == kF32) *found = avx512_bf16::kernels<avx512_bf16::F32>();
     if (element == kBF16) *found = avx512_bf16::kernels<avx512_bf16::Dot>();
     if (element == kF16) *found = avx512_bf16::kernels<avx512_bf16::F16>();
+    found->has_amx = element == kBF16 && instruction_set == kAmx;
     return true;
   }
   if (instruction_set == kAvx512) {
@@ -318,7 +335,12 @@ EXPORT int llmprune_instruction_set() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512BF16;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+#if HAS_AMX
+    if (amx::is_allowed()) return kAmx;
+#endif
+    return kAvx512BF16;
+  }
   if (avx512) return kAvx512;
   if (avx2) return kAvx2;
 #endif

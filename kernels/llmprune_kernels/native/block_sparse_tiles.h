@@ -223,6 +223,66 @@ ISA_TARGET void finish_swiglu(const float* gate, const float* up, void* y, int64
   }
 }
 
+#if ISA_DOT
+// Row n of sums, or silu(sums) * up, of 16 rows of x.
+INLINE Floats finished(const float* sums, const float* up, const uint16_t* bias, int64_t n) {
+  const Floats v = F32::load(sums + n * kLanes);
+  if (up) return v / (1.f + exponential(-v)) * F32::load(up + n * kLanes);
+  return bias ? v + Dot::widen(bias[n]) : v;
+}
+
+// A whole vector of pairs of bfloat16, or the lower half.
+INLINE void store_pairs(uint16_t* p, Floats v, int count) {
+  if (count == kLanes) {
+    _mm512_storeu_si512(p, (__m512i)v);
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256((__m512i)v));
+  }
+}
+
+// Sums of 16 rows of x, [output][row], rounded to bfloat16 and written as `rows` rows of y. They
+// are rounded as `finish` does, but for numbers below the normal ones, which become zero.
+ISA_TARGET void write_tiles(const float* sums, const float* up, const uint16_t* bias,
+                            int64_t outputs, int64_t rows, uint16_t* y, int64_t y_row) {
+  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t n = 0; n < outputs; n += 2 * kLanes) {
+    const int count = outputs - n < 2 * kLanes ? kLanes / 2 : kLanes;
+    Floats v[kLanes];
+    for (int i = 0; i < kLanes; i++) v[i] = Floats{};
+    for (int i = 0; i < count; i++) {
+      const Floats even = finished(sums, up, bias, n + 2 * i);
+      const Floats odd = finished(sums, up, bias, n + 2 * i + 1);
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+      v[i] = (Floats)_mm512_permutexvar_epi16(pairs, both);
+    }
+    transpose<1>(v);
+    for (int64_t m = 0; m < rows; m++) store_pairs(y + m * y_row + n, v[m], count);
+  }
+}
+
+INLINE Words load_words(const uint16_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const LooseHalves*>(p), Words);
+}
+
+// A block of `height` rows of `width` numbers as `width` rows of `height` numbers.
+ISA_TARGET void transpose_block(const uint16_t* w, int64_t height, int64_t width, uint16_t* out) {
+  const int count = height < 2 * kLanes ? kLanes / 2 : kLanes;
+  for (int64_t n = 0; n < height; n += 2 * kLanes) {
+    for (int64_t k = 0; k < width; k += kLanes) {
+      Floats v[kLanes];
+      for (int i = 0; i < kLanes; i++) v[i] = Floats{};
+      for (int i = 0; i < count; i++) {
+        const uint16_t* row = w + (n + 2 * i) * width + k;
+        v[i] = (Floats)(Words)(load_words(row) | load_words(row + width) << 16);
+      }
+      transpose<1>(v);
+      for (int i = 0; i < kLanes; i++) store_pairs(out + (k + i) * height + n, v[i], count);
+    }
+  }
+}
+#endif
+
 template <class T, int VECTORS, int COLUMNS>
 void add_panels(Kernels& table) {
   table.panel_columns[VECTORS] = COLUMNS;
