@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -279,6 +281,27 @@ def test_tensorboard_shows_every_step_once_also_of_a_run_that_was_killed(recipe,
     written = b"".join(f.read_bytes() for f in Path(folder / "tracking").rglob("*") if f.is_file())
     assert TOKEN.encode() not in written
     assert str(tmp_path).encode() not in written
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_tells_the_trackers(recipe, tmp_path):
+    pytest.importorskip("tensorboard")
+    file, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(recipe("tensorboard").to_yaml())
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(str(root / part) for part in ("", "kernels", "eval")),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone", "-m", "llmprune.cli", "prune", str(file), "--out", str(folder)]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert len(list((folder / "tracking" / "tests").glob("events.*"))) == 1
+    found = events_of(folder / "tracking" / "tests")
+    shown = {key: values for key, values in found.items() if not key[0].startswith("evaluation/")}
+    assert shown == expected_events(folder)
 
 
 @pytest.mark.slow

@@ -217,7 +217,10 @@ def test_local_rows_become_the_prompts_and_targets_of_the_literature(dense, data
 
 
 def test_the_same_of_tasks_that_few_have_the_rows_of(dense, data, tmp_path):
-    run(dense, tmp_path / "out", data=data, tasks="arc_challenge,openbookqa,lambada_openai")
+    tasks = "arc_challenge,openbookqa,lambada_openai"
+    report = run(dense, tmp_path / "out", data=data, tasks=tasks)
+    # what the rows were stays with the figures
+    assert [len(task.data) for task in report.tasks] == [64, 64, 64]
     for task, stem, question, ask in (
         ("arc_challenge", "arc/ARC-Challenge_test", "question", "Question: {}\nAnswer:"),
         ("openbookqa", "openbookqa/openbookqa_test", "question_stem", "{}"),
