@@ -197,6 +197,7 @@ def conditions() -> dict[str, object]:
         "instruction_set": native.instruction_set() if native.is_available() else None,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
+        "load": f"{os.getloadavg()[2]:.1f} on {os.cpu_count()} CPUs",
     }
 
 
@@ -259,7 +260,7 @@ def write_results(thread_counts: list[int], *, rounds: int) -> None:
 
 
 def report(result: dict[str, Any], cells: list[dict]) -> str:
-    """The same as one Markdown table for every number of threads."""
+    """The same as one Markdown table for every number of threads, after `notes` written by hand."""
     names = result["device"]
     lines = [
         "# Block-sparse against dense products on a CPU",
@@ -268,7 +269,9 @@ def report(result: dict[str, Any], cells: list[dict]) -> str:
         f"instructions, torch {result['torch']}, {result['date']}, {result['rounds']} rounds.",
         "Dense: `F.linear` of the same shape. Speedup: dense time over the way's, above 1 is faster"
         "; every way makes y from x and the stored blocks anew (`densify` the dense weight too).",
-        "One thread: medians of process CPU time. More: medians of wall time.",
+        "One thread: medians of process CPU time. More: medians of wall time. "
+        f"Load average at the end: {result.get('load', 'not recorded')}.",
+        *result.get("notes", []),
     ]
     ways = ["native", *cpu.WAYS]
     for threads in sorted({cell["threads"] for cell in cells}):
