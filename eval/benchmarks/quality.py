@@ -55,6 +55,7 @@ PARTS = {
     "mlp": Part("mlp-25", METHODS, Extent(refit="best:2")),
     "half": Part("main-50", METHODS, Extent(refit="best:2")),
     "mixed": Part("mixed-25", METHODS, Extent(refit="best:2")),
+    "mixed-importance": Part("mixed-25-importance", METHODS, Extent(refit="best:2")),
     "recovery": Part("main-25", FURTHEST, Extent(refit="best:2", recover="best:2")),
     "seeds": Part("main-25", None, Extent(refit="best:4", recover="best:3", seeds=3)),
     "c4": Part("main-25-c4", METHODS, Extent(refit="best:2")),
