@@ -103,10 +103,37 @@ def find_targets(
     if tied and importances is not None:
         found = find_survivors(unit_map, importances, allowance)
         return Targets(_counts_of(unit_map, found, rules), dict(rules))
+    if importances is not None:
+        return Targets(_expected(unit_map, importances, allowance, fixed), dict(rules), allowance)
     # what no importances can meet is refused before any are found
     nothing = {group.name: torch.zeros(group.num_units) for group in unit_map.groups.values()}
     find_survivors(unit_map, nothing, allowance)
     return Targets(best, dict(rules), None if tied else allowance)
+
+
+def _expected(
+    unit_map: UnitMap,
+    importances: Mapping[str, Tensor],
+    allowance: Allowance,
+    fixed: Mapping[UnitKind, int],
+) -> dict[UnitKind, int]:
+    """Counts to train gates under, where importances of before will say what stays after it.
+
+    Kinds that are not per layer give up what the program takes of them now: gates under a pressure
+    that is not going to come would learn from a model that is not going to be. The kinds of a layer
+    share the rest, so that the whole meets the budget.
+    """
+    found = find_survivors(unit_map, importances, allowance)
+    counts = dict(fixed)
+    for kind in allowance.shared:
+        if kind not in PER_LAYER:
+            is_hidden = kind == "hidden_channels"
+            counts[kind] = found.widths.hidden_size if is_hidden else len(found.kept[kind])
+    inner = [kind for kind in allowance.shared if kind in PER_LAYER]
+    if not inner:
+        return counts
+    allowed = {kind: list(allowance.allowed[kind]) for kind in inner}
+    return counts | _share_out(unit_map, counts, inner, allowed, allowance.limit)
 
 
 def targets_of(

@@ -74,7 +74,7 @@ def prune_units(
     if plan is None:
         by_importance = recipe.budget is not None and recipe.budget.allocation == "importance"
         trains = recipe.method == "sequential_attention"
-        if by_importance and trains and recipe.export.format == "uniform":
+        if by_importance and trains and recipe.gates.prior != "none":
             priors = _priors(recipe, folder, found, watch)
             targets = targets_of(unit_map, recipe, importances=priors, latency=latency)
         if scores is None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprune.cost import measure_cost
+from llmprune.cost import CountedCost, measure_cost, total_cost
 from llmprune.errors import InputError
 from llmprune.recipe import UNIT_KINDS, Budget, KindRule
 from llmprune.scores import UnitScores
@@ -335,3 +335,32 @@ def test_units_of_all_layers_compete_for_parameters():
     share += 2 * targets.counts["heads"] * unit_parameters(unit_map, head)
     whole = 40 * unit_parameters(unit_map, channel) + 4 * unit_parameters(unit_map, head)
     assert group.density == pytest.approx(share / whole)
+
+
+@pytest.mark.parametrize("cheap", ["layers", "hidden_channels", "mlp_channels"])
+def test_gates_train_under_what_importances_of_before_let_expect(cheap):
+    """No pressure on layers and residual channels that will not go; the rest makes it up."""
+    unit_map = unit_map_of(layers=4)
+    importances = importances_for(unit_map)
+    for name in importances:
+        importances[name] *= 1e-6 if unit_map.groups[name].kind == cheap else 1.0
+    rules = {"layers": {}, "hidden_channels": {}, "mlp_channels": {}}
+    targets = targets_for(unit_map, 0.3, importances=importances, **rules)
+    plan = plan_of(unit_map, importances, targets)
+    assert targets.counts["layers"] == len(plan.kept["layers"])
+    assert targets.counts["hidden_channels"] == len(plan.kept["hidden_channels"])
+    whole = {"layers": 4, "hidden_channels": unit_map.dense.hidden_size, "mlp_channels": 40}
+    assert {kind for kind, count in targets.counts.items() if count < whole[kind]} >= {cheap}
+    if cheap == "mlp_channels":
+        assert targets.counts["layers"] == 4
+        assert targets.counts["hidden_channels"] == unit_map.dense.hidden_size
+    cost = CountedCost(unit_map, "decoder_parameters")
+    reached = total_cost(cost, target_widths(unit_map, targets.counts))
+    assert reached == pytest.approx(0.7 * total_cost(cost, unit_map.dense), rel=0.05)
+
+
+def test_kinds_of_a_layer_alone_train_under_equal_shares_whatever_importances_say():
+    unit_map = unit_map_of()
+    rules = {"heads": {}, "mlp_channels": {}}
+    known = targets_for(unit_map, 0.3, importances=importances_for(unit_map), **rules)
+    assert known.counts == targets_for(unit_map, 0.3, **rules).counts
