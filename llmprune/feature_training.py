@@ -20,9 +20,9 @@ from torch.nn import functional
 from llmprune.forward_selection import ForwardAttention
 
 LEARNING_RATE = 1e-2
-# logits must part within one phase, weights need not; of linear gates
+# logits must part within one phase, weights need not; wide tables have a range instead
 LOGIT_LEARNING_RATE = 5e-2
-# Of softmax gates: about as far as the logit with the largest gradient moves in a phase.
+# In wide tables: about as far as the logit with the largest gradient moves in a phase.
 LOGIT_RANGE = 10.0
 # AdamW's: with the rate above a weight that nothing feeds fades in a hundred steps, two phases.
 # On spoken letters (ISOLET) accuracy rises by one to two points over no decay; at 3 it falls again.
@@ -129,8 +129,9 @@ class SharedScaleAdam:
     """Adam for one tensor whose entries share a second moment: that of the largest gradient.
 
     With one each, as in Adam, every entry moves as far as its gradient is consistent, however
-    small; the best candidate is then often one that helps a little, always. Here the steps keep
-    the gradients' proportions, as in gradient descent, and are as free of scale as Adam's.
+    small; one that helps a little, always, then overtakes one that helps a lot. Here the steps keep
+    the gradients' proportions, as in gradient descent, and are as free of scale as Adam's. That is
+    for phases of several picks, all from one ranking; with one pick a phase Adam was better.
     """
 
     def __init__(self, values: Tensor, rate: float) -> None:
@@ -162,7 +163,7 @@ class GatedNetworks:
         table: Table,
         engine: ForwardAttention,
         *,
-        num_networks: int,
+        effort: Effort,
         hidden_size: int,
         generator: torch.Generator,
     ) -> None:
@@ -171,20 +172,22 @@ class GatedNetworks:
         Args:
             table: The rows.
             engine: Holds the logits and makes the picks, one unit per candidate.
-            num_networks: How many share the gates.
+            effort: How many networks, and whether the table is wide.
             hidden_size: ReLU units of all networks together, dealt out evenly; 4 each where that
                 would be fewer.
             generator: Of the weights and the batches.
         """
         self.table, self.engine, self.generator = table, engine, generator
-        self.num_networks = num_networks
+        self.num_networks = effort.networks
+        # by softmax gates; linear ones were tried with Adam alone
+        self.shares_scale = effort.picks > 1 and engine.gate == "softmax"
         num_columns = table.inputs.shape[1]
 
         def normal(*shape: int, fan_in: int) -> Tensor:
             draw = torch.randn(*shape, generator=generator)
             return (draw / math.sqrt(fan_in)).requires_grad_()
 
-        hidden_size = min(hidden_size, max(MIN_UNITS_PER_NETWORK, hidden_size // num_networks))
+        hidden_size = min(hidden_size, max(MIN_UNITS_PER_NETWORK, hidden_size // effort.networks))
         size = self.num_networks * hidden_size
         self.reader = normal(num_columns, size, fan_in=num_columns)
         self.writer = normal(self.num_networks, hidden_size, table.num_outputs, fan_in=hidden_size)
@@ -200,7 +203,7 @@ class GatedNetworks:
             {"params": [self.writer], "weight_decay": WEIGHT_DECAY},
             {"params": self.biases},
         ]
-        if engine.gate == "linear":
+        if not self.shares_scale:
             parameters.append({"params": [engine.logits], "lr": LOGIT_LEARNING_RATE})
         self.optimizer = torch.optim.AdamW(
             parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True
@@ -248,7 +251,7 @@ class GatedNetworks:
             loss = loss + self.engine.penalty(self.squares(self.reader), strength)
         loss.backward()
         self.optimizer.step()
-        if gates is not None and self.engine.gate == "softmax":
+        if gates is not None and self.shares_scale:
             self.logit_optimizer.step()
 
     def squares(self, values: Tensor) -> Tensor:
@@ -275,7 +278,7 @@ def train_selection(
     table: Table,
     engine: ForwardAttention,
     *,
-    num_networks: int,
+    effort: Effort,
     hidden_size: int,
     num_steps: int,
     generator: torch.Generator,
@@ -285,13 +288,14 @@ def train_selection(
     Args:
         table: The rows.
         engine: Nothing selected yet.
-        num_networks: How many share the gates.
+        effort: As `effort_for` has it for the whole table, before `screen`.
         hidden_size: ReLU units of all networks together.
-        num_steps: Optimizer steps of a phase.
+        num_steps: Optimizer steps of a phase, before `effort` makes them more.
         generator: Of the weights and the batches.
     """
+    num_steps *= effort.steps
     networks = GatedNetworks(
-        table, engine, num_networks=num_networks, hidden_size=hidden_size, generator=generator
+        table, engine, effort=effort, hidden_size=hidden_size, generator=generator
     )
     for _ in range(round(WARM_UP_SHARE * num_steps * engine.num_phases)):
         networks.step(None, 0.0)

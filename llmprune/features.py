@@ -157,9 +157,9 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
         train_selection(
             Table.of(columns, goals, [groups[number] for number in competing.tolist()]),
             engine,
-            num_networks=effort.networks,
+            effort=effort,
             hidden_size=self.hidden_size,
-            num_steps=effort.steps * self.steps_per_phase,
+            num_steps=self.steps_per_phase,
             generator=generator,
         )
         self.order_ = competing[engine.order].numpy()
