@@ -20,8 +20,10 @@ from torch.nn import functional
 from llmprune.forward_selection import ForwardAttention
 
 LEARNING_RATE = 1e-2
-# logits must part within one phase, weights need not
+# logits must part within one phase, weights need not; wide tables have a range instead
 LOGIT_LEARNING_RATE = 5e-2
+# In wide tables: about as far as the logit with the largest gradient moves in a phase.
+LOGIT_RANGE = 10.0
 # AdamW's: with the rate above a weight that nothing feeds fades in a hundred steps, two phases.
 # On spoken letters (ISOLET) accuracy rises by one to two points over no decay; at 3 it falls again.
 WEIGHT_DECAY = 1.0
@@ -32,17 +34,48 @@ PENALTY_SHARE = 0.5
 # With fewer rows than this per network, the picks of a single one are a matter of its random start.
 ROWS_PER_NETWORK = 512
 MAX_NETWORKS = 8
-# More candidates than this per row, and chance alone makes some of them fit.
-CANDIDATES_PER_ROW = 8
+# With two the hidden layer of 67, dealt out to 32, would have next to nothing to combine.
+MIN_UNITS_PER_NETWORK = 4
+# More candidates than this per row, and chance alone makes some of them fit: the table is wide.
+# Then so many per row compete.
+CANDIDATES_PER_ROW, COMPETING_PER_ROW = 8, 2
+# Of steps and networks, where a phase has several picks.
+MAX_EFFORT = 4
 
 
-def networks_for(num_rows: int) -> int:
-    """How many networks share the gates: 1 from 512 rows on, 8 up to 64 rows.
+@dataclass(frozen=True)
+class Effort:
+    """What a fit spends on a table.
+
+    Attributes:
+        picks: Picks that share a phase.
+        steps: A phase is so many times as long as one of a single pick in a table with more rows.
+        networks: How many share the gates.
+    """
+
+    picks: int
+    steps: int
+    networks: int
+
+
+def effort_for(num_candidates: int, num_rows: int) -> Effort:
+    """One pick a phase, and a network from 512 rows on, two at 256, eight up to 64.
 
     A small table is fitted at once from many sets of columns, so a single network's logits depend
     on its start; the mean gradient over several starts (and bootstrap samples) does so less.
+
+    With more than 8 candidates per row there is a pick a phase for every 2 of them per row: for
+    thousands of columns in tens of rows all picks in one phase. The rows are fitted after a few
+    picks, and what is left for the next to explain is noise; copies of a good column are then
+    the better choice, since each averages the noise of the others. What is saved in phases goes
+    into steps and networks, up to four times as many.
     """
-    return min(MAX_NETWORKS, max(1, ROWS_PER_NETWORK // num_rows))
+    picks = 1
+    if num_candidates > CANDIDATES_PER_ROW * num_rows:
+        picks = math.ceil(num_candidates / (COMPETING_PER_ROW * num_rows))
+    more = min(MAX_EFFORT, picks)
+    networks = min(MAX_NETWORKS * more, max(1, ROWS_PER_NETWORK * more // num_rows))
+    return Effort(picks, more, networks)
 
 
 @dataclass(frozen=True)
@@ -75,12 +108,13 @@ class Table:
 def screen(table: Table, costs: Tensor, budget: float, num_kept: int) -> Tensor:
     """Candidates that may compete, ascending: all, unless there are more than 8 per row.
 
-    Then the 8 per row (twice `num_kept`, if that is more) with the largest linear effect per cost
+    Then the 2 per row (twice `num_kept`, if that is more) with the largest linear effect per cost
     that the budget can pay for: squared norm of their columns' products with the targets (sure
     independence screening, Fan and Lv 2008, arXiv math/0612857).
     """
-    num_left = max(CANDIDATES_PER_ROW * len(table.inputs), 2 * num_kept)
-    if len(costs) <= num_left:
+    num_rows = len(table.inputs)
+    num_left = max(COMPETING_PER_ROW * num_rows, 2 * num_kept)
+    if len(costs) <= max(CANDIDATES_PER_ROW * num_rows, num_left):
         return torch.arange(len(costs))
     targets = table.targets[:, None]
     if not targets.is_floating_point():
@@ -91,29 +125,69 @@ def screen(table: Table, costs: Tensor, budget: float, num_kept: int) -> Tensor:
     return effects.sort(descending=True, stable=True).indices[:num_left].sort().values
 
 
+class SharedScaleAdam:
+    """Adam for one tensor whose entries share a second moment: that of the largest gradient.
+
+    With one each, as in Adam, every entry moves as far as its gradient is consistent, however
+    small; one that helps a little, always, then overtakes one that helps a lot. Here the steps keep
+    the gradients' proportions, as in gradient descent, and are as free of scale as Adam's. That is
+    for phases of several picks, all from one ranking; with one pick a phase Adam was better.
+    """
+
+    def __init__(self, values: Tensor, rate: float) -> None:
+        """For `values`, whose entry of the largest gradient moves about `rate` in a step."""
+        self.values, self.rate = values, rate
+        self.num_steps, self.square = 0, 0.0
+        self.mean = torch.zeros_like(values)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move by the gradient that is there, and drop it."""
+        gradient = self.values.grad
+        assert gradient is not None
+        self.num_steps += 1
+        self.mean.lerp_(gradient, 1 - 0.9)
+        self.square += (1 - 0.99) * (float(gradient.abs().max()) ** 2 - self.square)
+        scale = math.sqrt(self.square / (1 - 0.99**self.num_steps))
+        # a table of constants has no gradient
+        if scale > 0:
+            self.values.sub_(self.mean, alpha=self.rate / (1 - 0.9**self.num_steps) / scale)
+        self.values.grad = None
+
+
 class GatedNetworks:
     """Networks of one hidden layer behind the same gates, and the steps that train them."""
 
     def __init__(
-        self, table: Table, engine: ForwardAttention, hidden_size: int, generator: torch.Generator
+        self,
+        table: Table,
+        engine: ForwardAttention,
+        *,
+        effort: Effort,
+        hidden_size: int,
+        generator: torch.Generator,
     ) -> None:
         """Random weights; nothing is trained.
 
         Args:
             table: The rows.
             engine: Holds the logits and makes the picks, one unit per candidate.
-            hidden_size: ReLU units of all networks together, dealt out evenly.
+            effort: How many networks, and whether the table is wide.
+            hidden_size: ReLU units of all networks together, dealt out evenly; 4 each where that
+                would be fewer.
             generator: Of the weights and the batches.
         """
         self.table, self.engine, self.generator = table, engine, generator
-        num_rows, num_columns = table.inputs.shape
-        self.num_networks = networks_for(num_rows)
+        self.num_networks = effort.networks
+        # by softmax gates; linear ones were tried with Adam alone
+        self.shares_scale = effort.picks > 1 and engine.gate == "softmax"
+        num_columns = table.inputs.shape[1]
 
         def normal(*shape: int, fan_in: int) -> Tensor:
             draw = torch.randn(*shape, generator=generator)
             return (draw / math.sqrt(fan_in)).requires_grad_()
 
-        hidden_size = max(1, hidden_size // self.num_networks)
+        hidden_size = min(hidden_size, max(MIN_UNITS_PER_NETWORK, hidden_size // effort.networks))
         size = self.num_networks * hidden_size
         self.reader = normal(num_columns, size, fan_in=num_columns)
         self.writer = normal(self.num_networks, hidden_size, table.num_outputs, fan_in=hidden_size)
@@ -128,8 +202,9 @@ class GatedNetworks:
             {"params": [self.reader], "weight_decay": decay},
             {"params": [self.writer], "weight_decay": WEIGHT_DECAY},
             {"params": self.biases},
-            {"params": [engine.logits], "lr": LOGIT_LEARNING_RATE},
         ]
+        if not self.shares_scale:
+            parameters.append({"params": [engine.logits], "lr": LOGIT_LEARNING_RATE})
         self.optimizer = torch.optim.AdamW(
             parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True
         )
@@ -160,8 +235,13 @@ class GatedNetworks:
             each = functional.cross_entropy(outputs.mT, targets, reduction="none")
         return (each * counts).mean(0).sum()
 
+    def begin_phase(self, num_steps: int) -> None:
+        """Logits have begun anew: so does what their optimizer knows of them."""
+        self.optimizer.state.pop(self.engine.logits, None)
+        self.logit_optimizer = SharedScaleAdam(self.engine.logits, LOGIT_RANGE / num_steps)
+
     def step(self, gates: Tensor | None, strength: float) -> None:
-        """One step of AdamW on weights and logits; `gates` None leaves all open."""
+        """One step on weights and logits; `gates` None leaves all open."""
         self.optimizer.zero_grad()
         reader = self.reader
         if gates is not None:
@@ -171,6 +251,8 @@ class GatedNetworks:
             loss = loss + self.engine.penalty(self.squares(self.reader), strength)
         loss.backward()
         self.optimizer.step()
+        if gates is not None and self.shares_scale:
+            self.logit_optimizer.step()
 
     def squares(self, values: Tensor) -> Tensor:
         """Squared norm of every candidate's part of `values`, shaped as the reading weights."""
@@ -196,6 +278,7 @@ def train_selection(
     table: Table,
     engine: ForwardAttention,
     *,
+    effort: Effort,
     hidden_size: int,
     num_steps: int,
     generator: torch.Generator,
@@ -205,18 +288,21 @@ def train_selection(
     Args:
         table: The rows.
         engine: Nothing selected yet.
+        effort: As `effort_for` has it for the whole table, before `screen`.
         hidden_size: ReLU units of all networks together.
-        num_steps: Optimizer steps of a phase.
+        num_steps: Optimizer steps of a phase, before `effort` makes them more.
         generator: Of the weights and the batches.
     """
-    networks = GatedNetworks(table, engine, hidden_size, generator)
+    num_steps *= effort.steps
+    networks = GatedNetworks(
+        table, engine, effort=effort, hidden_size=hidden_size, generator=generator
+    )
     for _ in range(round(WARM_UP_SHARE * num_steps * engine.num_phases)):
         networks.step(None, 0.0)
     while not engine.is_done:
         linear = engine.gate == "linear"
         strength = PENALTY_SHARE * networks.threshold() if linear else 0.0
+        networks.begin_phase(num_steps)
         for _ in range(num_steps):
             networks.step(engine.gates(), strength)
         engine.select()
-        # logits begin anew, and so does what the optimizer knows of them
-        networks.optimizer.state.pop(engine.logits, None)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from llmprune.errors import InputError
-from llmprune.feature_training import Table, screen, train_selection
+from llmprune.feature_training import Table, effort_for, screen, train_selection
 from llmprune.forward_selection import ForwardAttention, Gate
 
 try:
@@ -63,9 +63,10 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
 
     Columns are standardised inside; what `transform` gives are the columns as they came. Up to 256
     rows, several networks share the gates, each on rows drawn for itself (8 of them up to 64 rows,
-    2 at 256), since on so few rows the picks of one depend on its random start. Of more than 8
-    candidates per row, only those with the largest linear effect compete. From 100 picks on,
-    several are made per phase.
+    2 at 256), since on so few rows the picks of one depend on its random start. With more than 8
+    candidates per row, only the 2 per row with the largest linear effect compete, and several
+    picks are made per phase, of thousands of columns in tens of rows all of them; copies of a good
+    column are then selected too. From 100 picks on, several are made per phase anyway.
 
     Args:
         estimator: Fitted on the selected columns at the end, a clone of it; `predict`, `score` and
@@ -80,8 +81,9 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
         gate: `softmax` as in the paper, or `linear`: gates that pay a group-LASSO penalty of half
             the threshold at which none would be selected.
         hidden_size: ReLU units of the hidden layer; the paper's 67. Several networks share them
-            out.
-        steps_per_phase: Optimizer steps before each pick.
+            out, to 4 each at least.
+        steps_per_phase: Optimizer steps before each pick; where a phase has several picks for want
+            of rows, up to four times as many.
         random_state: Seed; fits with the same one select the same columns.
 
     Attributes:
@@ -142,10 +144,11 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
         columns, goals = torch.from_numpy(_standardised(inputs)), self._targets(targets)
         budget = math.inf if self.budget is None else self.budget
         competing = screen(Table.of(columns, goals, groups), costs, budget, count)
+        effort = effort_for(len(groups), len(inputs))
         engine = ForwardAttention(
             len(competing),
             min(count, len(competing)),
-            num_per_phase=math.ceil(count / MAX_PHASES),
+            num_per_phase=max(effort.picks, math.ceil(count / MAX_PHASES)),
             gate=self.gate,
             costs=costs[competing],
             budget=self.budget,
@@ -154,6 +157,7 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
         train_selection(
             Table.of(columns, goals, [groups[number] for number in competing.tolist()]),
             engine,
+            effort=effort,
             hidden_size=self.hidden_size,
             num_steps=self.steps_per_phase,
             generator=generator,

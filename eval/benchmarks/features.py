@@ -15,6 +15,7 @@ import argparse
 import csv
 import gzip
 import json
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -242,16 +243,34 @@ def measure(name: str, method: str, seed: int, values: NDArray, labels: NDArray)
                 100 * seed + fold,
             )
         )
-    return {"accuracy": float(np.mean(accuracies)), "cpu_seconds": float(np.mean(seconds))}
+    return {
+        "accuracy": float(np.mean(accuracies)),
+        "cpu_seconds": float(np.mean(seconds)),
+        "processor": processor(),
+    }
+
+
+def processor() -> str:
+    """Its name, as Linux has it; elsewhere what Python knows."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0].replace("(R)", "") if names else platform.processor() or platform.machine()
 
 
 def tables(results: dict[str, dict], datasets: list[str], seeds: int) -> str:
-    """Markdown: accuracy as mean and sample deviation over the seeds; processor seconds."""
+    """Markdown: accuracy as mean and sample deviation over the seeds; processor seconds.
+
+    Seconds of different processors are not comparable: one table each.
+    """
     head = "| method | " + " | ".join(datasets) + " |\n|---|" + "---|" * len(datasets)
-    accuracy, seconds = [head], [head]
+    accuracy = [head]
+    timed = [row for row in results.values() if "cpu_seconds" in row]
+    seconds = {name: [f"{name}:\n\n{head}"] for name in sorted({r["processor"] for r in timed})}
     known = {key.split("/")[1] for key in results}
     for method in [method for method in METHODS if method in known]:
-        cells, times = [], []
+        cells: list[str] = []
+        times: dict[str, list[str]] = {name: [] for name in seconds}
         for name in datasets:
             rows = [results.get(f"{name}/{method}/{seed}") for seed in range(seeds)]
             found = [row for row in rows if row]
@@ -259,11 +278,32 @@ def tables(results: dict[str, dict], datasets: list[str], seeds: int) -> str:
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             missing = "" if len(found) == seeds else f" ({len(found)} of {seeds})"
             cells.append(f"{np.mean(values):.3f}{spread}{missing}" if found else "-")
-            spent = [row["cpu_seconds"] for row in found if "cpu_seconds" in row]
-            times.append(f"{np.median(spent):.1f}" if spent else "-")
+            for machine, column in times.items():
+                here = [row for row in found if row["processor"] == machine]
+                spent = [row["cpu_seconds"] for row in here if "cpu_seconds" in row]
+                column.append(f"{np.median(spent):.1f}" if spent else "-")
         accuracy.append(f"| {method} | " + " | ".join(cells) + " |")
-        seconds.append(f"| {method} | " + " | ".join(times) + " |")
-    return "\n".join([*accuracy, "", *seconds])
+        for machine, column in times.items():
+            seconds[machine].append(f"| {method} | " + " | ".join(column) + " |")
+    return "\n\n".join("\n".join(lines) for lines in (accuracy, *seconds.values()))
+
+
+def differences(results: dict[str, dict], datasets: list[str], seeds: int) -> str:
+    """Markdown: SA less each other method, over the seeds that both have; mean, wins and losses."""
+    lines = ["| SA less | " + " | ".join(datasets) + " |\n|---|" + "---|" * len(datasets)]
+    known = {key.split("/")[1] for key in results} - {"SA"}
+    for method in [method for method in METHODS if method in known]:
+        cells = []
+        for name in datasets:
+            pairs = [
+                [results.get(f"{name}/{who}/{seed}") for who in ("SA", method)]
+                for seed in range(seeds)
+            ]
+            gaps = np.array([a["accuracy"] - b["accuracy"] for a, b in pairs if a and b])
+            won, lost = (gaps > 1e-9).sum(), (gaps < -1e-9).sum()
+            cells.append(f"{gaps.mean():+.3f} ({won}:{lost})" if len(gaps) else "-")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def draw(results: dict[str, dict], datasets: list[str], seeds: int, path: Path) -> None:
@@ -356,6 +396,7 @@ def main() -> None:
     if not arguments.report:
         compute(arguments, results, path)
     print(tables(results, arguments.datasets, arguments.seeds))
+    print(differences(results, arguments.datasets, arguments.seeds))
     draw(results, arguments.datasets, arguments.seeds, arguments.out / "features.png")
     print(show_crosses(arguments.data, budget=40.0))
 

@@ -16,7 +16,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from llmprune.errors import InputError
 from llmprune.feature_crosses import cross_candidates
-from llmprune.feature_training import Table, networks_for, screen
+from llmprune.feature_training import Effort, SharedScaleAdam, Table, effort_for, screen
 from llmprune.features import SequentialAttentionSelector
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,36 @@ def test_several_networks_find_the_columns_of_a_small_table():
     inputs, targets = regression_table(num_rows=40, num_columns=60)
     selector = SequentialAttentionSelector(None, 3, random_state=0).fit(inputs, targets)
     assert {0, 3} < set(selector.order_)
-    assert [networks_for(rows) for rows in (10, 64, 256, 257, 10_000)] == [8, 8, 2, 1, 1]
+
+
+def test_effort_goes_into_networks_with_few_rows_and_into_long_phases_in_wide_tables():
+    networks = [effort_for(20, rows).networks for rows in (10, 64, 256, 257, 10_000)]
+    assert networks == [8, 8, 2, 1, 1]
+    assert effort_for(400, 50) == Effort(picks=1, steps=1, networks=8)
+    assert effort_for(401, 50) == Effort(picks=5, steps=4, networks=32)
+    assert effort_for(7070, 57) == Effort(picks=63, steps=4, networks=32)
+    assert effort_for(10_000, 1000) == Effort(picks=5, steps=4, networks=2)
+
+
+def test_steps_of_a_shared_scale_keep_the_gradients_proportions():
+    for scale in (1e-6, 1e6):
+        values = torch.zeros(3, requires_grad=True)
+        optimizer = SharedScaleAdam(values, 0.2)
+        for _ in range(5):
+            values.grad = scale * torch.tensor([1.0, -0.1, 0.0])
+            optimizer.step()
+        torch.testing.assert_close(values.detach(), torch.tensor([-1.0, 0.1, 0.0]))
+    values.grad = torch.zeros(3)
+    SharedScaleAdam(values, 0.2).step()
+    assert values.isfinite().all()
+
+
+def test_copies_of_a_good_column_are_selected_only_in_wide_tables():
+    for num_columns, copies in ((20, 1), (600, 2)):
+        inputs, targets = regression_table(num_rows=40, num_columns=num_columns)
+        inputs[:, 1] = inputs[:, 2] = inputs[:, 0]
+        selector = SequentialAttentionSelector(None, 3, random_state=0).fit(inputs, targets)
+        assert selector.support_[:3].sum() == copies
 
 
 def test_of_very_many_columns_those_with_no_linear_effect_do_not_compete():
@@ -78,7 +107,7 @@ def test_of_very_many_columns_those_with_no_linear_effect_do_not_compete():
     table = Table.of(columns, goals, torch.arange(400).split(1))
     correlations = np.abs(inputs.T @ (targets - targets.mean()))
     left = screen(table, torch.ones(400), math.inf, 3).tolist()
-    assert left == sorted(np.argsort(-correlations)[:240])
+    assert left == sorted(np.argsort(-correlations)[:60])
     assert len(screen(table, torch.ones(400), math.inf, 150)) == 300
     # what the budget cannot pay for takes nobody's place, and cheap ones gain
     costs = torch.ones(400)
