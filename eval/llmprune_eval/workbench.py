@@ -321,6 +321,5 @@ class Workbench:
 
 
 def _is_by_importance(recipe: Recipe) -> bool:
-    """Whether counts come from importances before units are chosen: layers are tied."""
-    is_asked = recipe.budget is not None and recipe.budget.allocation == "importance"
-    return is_asked and recipe.export.format == "uniform"
+    """Whether importances have a say in the counts."""
+    return recipe.budget is not None and recipe.budget.allocation == "importance"
