@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmprune import cli
+from llmprune import cli, prune
 from llmprune.errors import InputError
+from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
 from llmprune_eval import compare as module
 from llmprune_eval import stored_scores, workbench
@@ -231,6 +232,24 @@ def test_budgets_by_importance_are_met_by_every_method(recipe, tmp_path, form):
         assert "needs gates.prior, got none" in rows.pop("gradual_magnitude").result.refused
     for row in rows.values():
         assert row.result.removed == pytest.approx(0.25, abs=0.05), row.method
+
+
+@pytest.mark.parametrize("form", ["uniform", "per_layer"])
+def test_a_comparison_keeps_what_prune_keeps(recipe, tmp_path, form):
+    """Layers and residual channels too, where importance divides the budget between all kinds."""
+    data = recipe.model_dump(mode="json")
+    kinds = {"layers": {}, "hidden_channels": {}, "kv_groups": {}, "mlp_channels": {}}
+    budget = data["budget"] | {"allocation": "importance"}
+    changes = {"prune": kinds, "budget": budget, "export": data["export"] | {"format": form}}
+    if form == "uniform":
+        # no stock class has the biases
+        changes["compensation"] = "none"
+    recipe = Recipe.parse(data | changes)
+    prune(recipe, tmp_path / "run")
+    compare({"one": recipe}, tmp_path / "out", ["sequential_attention"])
+    (file,) = (tmp_path / "out" / "plans").iterdir()
+    plan = PrunePlan.read(file)
+    assert plan == PrunePlan.read(tmp_path / "run" / "plan.json")
 
 
 def test_without_matplotlib_the_table_is_written_all_the_same(
