@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmprune import cli, prune
+from llmprune import cli, prune, unit_pruning
 from llmprune.errors import InputError
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
@@ -235,8 +235,17 @@ def test_budgets_by_importance_are_met_by_every_method(recipe, tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["uniform", "per_layer"])
-def test_a_comparison_keeps_what_prune_keeps(recipe, tmp_path, form):
+def test_a_comparison_keeps_what_prune_keeps(recipe, tmp_path, monkeypatch, form):
     """Layers and residual channels too, where importance divides the budget between all kinds."""
+    trained_under = []
+
+    def train_scores(recipe, folder, found, pool_list, watch):
+        trained_under.append(pool_list)
+        return unit_pruning_train_scores(recipe, folder, found, pool_list, watch)
+
+    unit_pruning_train_scores = unit_pruning.train_scores
+    monkeypatch.setattr(unit_pruning, "train_scores", train_scores)
+    monkeypatch.setattr(workbench, "train_scores", train_scores)
     data = recipe.model_dump(mode="json")
     kinds = {"layers": {}, "hidden_channels": {}, "kv_groups": {}, "mlp_channels": {}}
     budget = data["budget"] | {"allocation": "importance"}
@@ -249,6 +258,7 @@ def test_a_comparison_keeps_what_prune_keeps(recipe, tmp_path, form):
     compare({"one": recipe}, tmp_path / "out", ["sequential_attention"])
     (file,) = (tmp_path / "out" / "plans").iterdir()
     plan = PrunePlan.read(file)
+    assert trained_under[0] == trained_under[1]
     assert plan == PrunePlan.read(tmp_path / "run" / "plan.json")
 
 
