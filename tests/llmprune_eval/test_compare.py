@@ -310,7 +310,7 @@ def test_the_command_line_writes_a_report_without_paths(recipe, tmp_path, monkey
 
 def test_controls_change_only_their_gates(recipe):
     controls = [name for name, one in module.CONTENDERS.items() if one.is_control]
-    assert len(controls) == 4
+    assert len(controls) == 4 + sum(one.is_ablation for one in module.CONTENDERS.values())
     for name in controls:
         changed = module.variant(recipe, name)
         assert changed.model_copy(update={"gates": recipe.gates}) == recipe

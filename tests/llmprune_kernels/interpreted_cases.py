@@ -116,7 +116,8 @@ def linear(
     got = launch(x, values, index, added, config=tile_of(kind, block_m=size))
     wanted = reference.exact(x, values, index, added)
     holds(got, wanted, dtype, 5 * block[1])
-    dense = functional.linear(x, scatter_blocks(values, index), added)
+    # oneDNN's bfloat16 product on AMX reads past the rows of a slice, so x is copied out of the NaN
+    dense = functional.linear(x.contiguous(), scatter_blocks(values, index), added)
     allowed = 1.5 * reference.relative_error(dense, wanted) + ULPS[dtype]
     assert reference.relative_error(got, wanted) <= max(allowed, 1e-6 if dtype == "fp32" else 0)
     assert got.dtype == kind
