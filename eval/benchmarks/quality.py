@@ -60,6 +60,12 @@ PARTS = {
     "seeds": Part("main-25", None, Extent(refit="best:4", recover="best:3", seeds=3)),
     "c4": Part("main-25-c4", METHODS, Extent(refit="best:2")),
     "ablations": Part("main-25", ABLATIONS, Extent(refit="best:0"), title="main-25-ablations"),
+    "c4-next-token": Part(
+        "main-25-c4",
+        ["sequential_attention", "next_token"],
+        Extent(refit="best:0"),
+        title="main-25-c4-next-token",
+    ),
     "final": Part(
         "main-25",
         FURTHEST,
