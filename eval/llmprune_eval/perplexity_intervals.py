@@ -74,7 +74,7 @@ def interval_note(perplexity: Perplexity) -> str:
     if kind != "blocks":
         return f"intervals from {count} {kind} drawn anew"
     length = math.ceil(perplexity.num_windows / count)
-    windows = "window" if length == 1 else f"{length} windows"
+    windows = "one window" if length == 1 else f"{length} windows"
     return f"too few documents, so intervals from {count} blocks of {windows} drawn anew"
 
 
