@@ -63,7 +63,8 @@ def find_targets(
     With `allocation: equal` the kinds without a sparsity of their own take the same share; the
     finest of them makes up what the rounding of the others left. With `importance` they take what
     loses the least importance: at once where layers are tied and importances are known, and
-    otherwise when `choose` knows them; until then the counts are those of equal shares.
+    otherwise when `choose` knows them; until then the counts are those of equal shares, or, where
+    importances of before are known, what they let expect.
 
     Args:
         unit_map: Of the dense model.
