@@ -35,13 +35,8 @@ from llmprune.feature_crosses import cross_candidates
 from llmprune.features import SequentialAttentionSelector
 from llmprune.files import save_text
 
-MATLAB = {
-    "isolet": "Isolet",
-    "coil20": "COIL20",
-    "leukemia": "leukemia",
-    "colon": "colon",
-    "prostate": "Prostate-GE",
-}
+# files that are not called as their set is here
+MATLAB = {"isolet": "Isolet", "coil20": "COIL20", "prostate": "Prostate-GE"}
 GENES = ("leukemia", "colon", "prostate")
 DATASETS = ("mice", "isolet", "coil20", "mnist", *GENES)
 HIDDEN_SIZE = 67
@@ -69,7 +64,7 @@ def read(data: Path, name: str) -> tuple[NDArray, NDArray]:
         values = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 784) / 255
         labels = np.frombuffer(digits, np.uint8, offset=8)
     else:
-        matrix = loadmat(data / f"scikit_feature/{MATLAB[name]}.mat")
+        matrix = loadmat(data / f"scikit_feature/{MATLAB.get(name, name)}.mat")
         values, labels = matrix["X"].astype(np.float64), matrix["Y"].ravel()
     return values, np.unique(labels, return_inverse=True)[1]
 

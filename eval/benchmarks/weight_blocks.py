@@ -291,19 +291,16 @@ def report(found: dict[str, dict[Case, Found]], dense: Perplexity) -> str:
         "",
     ]
     for stage, title in TITLES.items():
-        rows = found[stage]
-        if rows:
+        if rows := found[stage]:
             lines += [f"## {title[0]}", "", *title[1:], *_table(rows), "", *_ratios(rows), ""]
-    return "\n".join(
-        [
-            *lines,
-            "Seconds are of the stage alone, one thread on a machine that others used. Made by "
-            f"`{COMMAND}`.",
-            "",
-            *(f"- {about}" for about in abouts),
-            "",
-        ]
-    )
+    lines += [
+        "Seconds are of the stage alone, one thread on a machine that others used. Made by "
+        f"`{COMMAND}`.",
+        "",
+        *(f"- {about}" for about in abouts),
+        "",
+    ]
+    return "\n".join(lines)
 
 
 COMMAND = "python eval/benchmarks/weight_blocks.py"
