@@ -57,6 +57,8 @@ class Tile:
         step: Inner size of one dot; narrower blocks are merged up to it.
         group: Token tiles that visit all block rows before the next group begins.
         split: Blocks of one program in decode, 0 = chosen from the problem.
+        rows: Rows of a block of one program in decode, 0 = all.
+        swap: Whether the weights are the left operand of a prefill kernel's dot.
     """
 
     block_m: int
@@ -65,12 +67,16 @@ class Tile:
     step: int = 64
     group: int = 8
     split: int = 0
+    rows: int = 0
+    swap: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "num_warps", "step"):
             size = getattr(self, name)
             if size < 1 or size & (size - 1):
                 raise ValueError(f"tile: {name} must be a power of two, got {size}")
+        if self.rows and (self.rows < 16 or self.rows & (self.rows - 1)):
+            raise ValueError(f"tile: rows must be 0 or a power of two from 16 on, got {self.rows}")
         if self.num_stages < 1 or self.group < 1 or self.split < 0 or self.step < 16:
             raise ValueError(
                 f"tile: num_stages and group must be at least 1, split 0, step 16, got {self}"
@@ -234,6 +240,8 @@ def shared_bytes(kind: Kind, tile: Tile, block: tuple[int, int], dtype: torch.dt
         # a step is block_m tokens; the tile is merged columns by the block's rows
         sides, step = rows + max(tile.step, columns), tile.block_m
     else:
+        if kind == "decode" and tile.rows:
+            rows = min(rows, tile.rows)
         # swiglu with one pattern for both has two weight tiles in flight
         sides, step = tile.block_m + rows * (2 if kind == "swiglu" else 1), tile.step
     return tile.num_stages * sides * step * dtype.itemsize

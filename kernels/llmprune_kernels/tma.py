@@ -19,7 +19,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llmprune_kernels import operands, tiles
 from llmprune_kernels.bsr import BlockIndex
 from llmprune_kernels.tiles import Tile
-from llmprune_kernels.walk import lane_blocks, load_places, multiply, program_tile
+from llmprune_kernels.walk import (
+    add_product,
+    lane_blocks,
+    load_places,
+    program_tile,
+    upright,
+    zero_sums,
+)
 
 # what the copy engine asks of a tensor's base and row stride
 ALIGNMENT_BYTES = 16
@@ -40,6 +47,7 @@ def tma_kernel(
     BK: tl.constexpr,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
+    SWAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -50,13 +58,14 @@ def tma_kernel(
     first = tl.load(row_ptr + row)
     count = tl.load(row_ptr + row + 1) - first
     column = load_places(col_ptr + first, 0, STEP, BK)
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc = zero_sums(BM, BN, SWAP)
     for step in range(0, count * (BK // STEP)):
         within = step % (BK // STEP) * STEP
         x = x_tensor.load([token_tile * BM, column * BK + within])
         w = values_tensor.load([(first + lane_blocks(step, STEP, BK)) * BN, within])
         column = load_places(col_ptr + first, step + 1, STEP, BK)
-        acc = multiply(x, tl.trans(w), acc, UPCAST, PRECISION)
+        acc = add_product(x, w, acc, SWAP, UPCAST, PRECISION)
+    acc = upright(acc, SWAP)
     tokens = token_tile * BM + tl.arange(0, BM)
     features = row * BN + tl.arange(0, BN)
     if HAS_BIAS:
@@ -137,6 +146,7 @@ def constants(tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> dict[st
         "BK": block[1],
         "STEP": min(tile.step, block[1]),
         "GROUP": tile.group,
+        "SWAP": tile.swap,
         "UPCAST": operands.needs_upcast(dtype),
         "PRECISION": operands.dot_precision(dtype),
     }

@@ -151,11 +151,12 @@ def launches(
         return [("tma", tma.tma_kernel, constants, types)]
     if kind == "decode":
         constants = decode.constants(tile, block, dtype)
-        constants |= {"BN": block[0], "SPLIT": 8, "RAGGED": merged}
+        constants |= {"BN": block[0], "RAGGED": merged}
         alone = constants | {"PARTIAL": True, "HAS_BIAS": True}
         return [
             ("decode", decode.item_kernel, alone, {"out_ptr": "*fp32"}),
             ("swiglu decode", swiglu.swiglu_item_kernel, constants, {}),
+            ("swiglu decode, whole", swiglu.swiglu_whole_kernel, constants, {}),
         ]
     if kind == "swiglu":
         constants = matmul.constants(tile, block, dtype, ragged=merged)
