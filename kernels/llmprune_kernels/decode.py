@@ -79,7 +79,7 @@ def item_product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split"])
 def item_kernel(
     x_ptr,
     values_ptr,
@@ -147,7 +147,7 @@ def item_sum(
     return tl.sum(tl.load(partial_ptr + rows + features, mask=written[:, None], other=0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split"])
 def reduce_kernel(
     partial_ptr,
     row_ptr,

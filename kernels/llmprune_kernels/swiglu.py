@@ -129,7 +129,7 @@ def swiglu_kernel(
     tl.store(y_rows + features[None, :], product.to(y_ptr.dtype.element_ty), mask=is_token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split", "items"])
 def swiglu_item_kernel(
     x_ptr,
     gate_ptr,
@@ -227,7 +227,7 @@ def swiglu_whole_kernel(
     tl.store(y_ptr + lines + features, product, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split", "items"])
 def swiglu_reduce_kernel(
     partial_ptr,
     gate_row_ptr,
