@@ -244,7 +244,7 @@ def shared_bytes(kind: Kind, tile: Tile, block: tuple[int, int], dtype: torch.dt
             rows = min(rows, tile.rows)
         # swiglu with one pattern for both has two weight tiles in flight
         sides, step = tile.block_m + rows * (2 if kind == "swiglu" else 1), tile.step
-        if kind == "tma":
+        if kind == "tma" and step < 2 * columns:
             step = min(step, columns)
     return tile.num_stages * sides * step * dtype.itemsize
 

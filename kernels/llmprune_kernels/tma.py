@@ -2,8 +2,8 @@
 
 The same walk as in `matmul`, with tensor descriptors instead of pointers: one instruction fetches
 a whole tile, no thread computes addresses, and rows beyond the last token are filled with zeros.
-A box cannot be gathered from several block columns, so narrow blocks are not merged: a dot's inner
-size is the block's columns, at most `step`.
+A box cannot be gathered from several block columns, so a dot's inner size is the block's columns,
+at most `step`. Narrow blocks of equally full rows are taken in pairs, two dots a turn of the loop.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def tma_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     STEP: tl.constexpr,
+    PAIRS: tl.constexpr,
     GROUP: tl.constexpr,
     SWAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -57,14 +58,28 @@ def tma_kernel(
     token_tile, row = program_tile(tl.program_id(0), num_tiles, block_rows, GROUP)
     first = tl.load(row_ptr + row)
     count = tl.load(row_ptr + row + 1) - first
-    column = load_places(col_ptr + first, 0, STEP, BK)
     acc = zero_sums(BM, BN, SWAP)
-    for step in range(0, count * (BK // STEP)):
-        within = step % (BK // STEP) * STEP
-        x = x_tensor.load([token_tile * BM, column * BK + within])
-        w = values_tensor.load([(first + lane_blocks(step, STEP, BK)) * BN, within])
-        column = load_places(col_ptr + first, step + 1, STEP, BK)
-        acc = add_product(x, w, acc, SWAP, UPCAST, PRECISION)
+    if PAIRS:
+        column = tl.load(col_ptr + first)
+        second = tl.load(col_ptr + first + 1)
+        for pair in range(0, count // 2):
+            block = first + 2 * pair
+            x = x_tensor.load([token_tile * BM, column * BK])
+            w = values_tensor.load([block * BN, 0])
+            second_x = x_tensor.load([token_tile * BM, second * BK])
+            second_w = values_tensor.load([(block + 1) * BN, 0])
+            column = tl.load(col_ptr + block + 2)
+            second = tl.load(col_ptr + block + 3)
+            acc = add_product(x, w, acc, SWAP, UPCAST, PRECISION)
+            acc = add_product(second_x, second_w, acc, SWAP, UPCAST, PRECISION)
+    else:
+        column = load_places(col_ptr + first, 0, STEP, BK)
+        for step in range(0, count * (BK // STEP)):
+            within = step % (BK // STEP) * STEP
+            x = x_tensor.load([token_tile * BM, column * BK + within])
+            w = values_tensor.load([(first + lane_blocks(step, STEP, BK)) * BN, within])
+            column = load_places(col_ptr + first, step + 1, STEP, BK)
+            acc = add_product(x, w, acc, SWAP, UPCAST, PRECISION)
     acc = upright(acc, SWAP)
     tokens = token_tile * BM + tl.arange(0, BM)
     features = row * BN + tl.arange(0, BN)
@@ -108,7 +123,8 @@ def linear(
     with torch.cuda.device_of(x):
         tma_kernel[grid](
             x_tensor, values_tensor, index.row_ptr, index.col, x if bias is None else bias, y,
-            x.shape[0], index.block_rows, **constants(tile, block, x.dtype),
+            x.shape[0], index.block_rows,
+            **constants(tile, block, x.dtype, paired=is_paired(tile, block, index)),
             HAS_BIAS=bias is not None, **tile.options(),
         )  # fmt: skip
     return y
@@ -138,13 +154,22 @@ def check_descriptors(x: Tensor, values: Tensor) -> None:
         raise ValueError(f"tma counts block rows in 32 bits, got {lines}: use matmul")
 
 
-def constants(tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+def is_paired(tile: Tile, block: tuple[int, int], index: BlockIndex) -> bool:
+    """Whether blocks are taken in pairs: narrow ones, and every row has an even number."""
+    narrow = tile.step >= 2 * block[1]
+    return narrow and index.is_balanced and index.max_per_row % 2 == 0
+
+
+def constants(
+    tile: Tile, block: tuple[int, int], dtype: torch.dtype, *, paired: bool
+) -> dict[str, Any]:
     """The kernel's compile-time numbers of a tile, all but HAS_BIAS."""
     return {
         "BM": tile.block_m,
         "BN": block[0],
         "BK": block[1],
         "STEP": min(tile.step, block[1]),
+        "PAIRS": paired,
         "GROUP": tile.group,
         "SWAP": tile.swap,
         "UPCAST": operands.needs_upcast(dtype),

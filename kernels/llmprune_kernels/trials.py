@@ -177,11 +177,16 @@ def _ways_to_cut(kind: Kind, problem: Problem, default: Tile) -> Iterator[Tile]:
                     for split in _splits(problem):
                         yield Tile(block_m, num_warps, num_stages, width, 8, split, part)
         return
-    depths = (4, 6, 8) if kind == "tma" else (3, 4, 5)
+    depths = (3, 4, 6, 8) if kind == "tma" else (3, 4, 5)
     swaps = (False, True) if kind in ("matmul", "tma", "swiglu") else (False,)
-    width = default.step if kind == "grad_values" else step
+    # narrow blocks one by one, or in pairs
+    widths = sorted({min(step, columns), step}) if kind == "tma" else [step]
+    if kind == "grad_values":
+        widths = [default.step]
     sizes = _token_sizes(kind, problem)
-    for block_m, num_warps, depth, swap in itertools.product(sizes, (4, 8), depths, swaps):
+    for block_m, num_warps, depth, width, swap in itertools.product(
+        sizes, (4, 8), depths, widths, swaps
+    ):
         yield Tile(block_m, num_warps, depth, width, 8, swap=swap)
 
 
