@@ -20,8 +20,6 @@ from llmprune_kernels.tiles import Kind, Problem
 from llmprune_kernels.timing import Graph, Launch, interleaved
 from llmprune_kernels.trials import Trial
 
-# architectures with the bulk copy engine
-NEWER = ("sm_90", "sm_100", "sm_103", "sm_120")
 REPETITIONS = 20
 
 
@@ -45,7 +43,7 @@ class Run:
 
     def runs(self, kind: Kind) -> bool:
         """Whether the device has what a kind of kernel needs."""
-        return kind != "tma" or self.device.arch in NEWER
+        return kind != "tma" or self.device.arch in tiles.BULK_COPY_ARCHS
 
     def has_time(self, what: str) -> bool:
         """Whether there is time for it; if not, the report says so."""
@@ -193,6 +191,7 @@ def time_case(run: Run, case: Case) -> None:
     if case.section in ("decode", "prefill"):
         launches["shrunk"] = gpu_competitors.shrunk_launches(trial)
         launches["densify + dense"] = gpu_competitors.densify_launches(trial)
+    if case.with_torch:
         try:
             launches["torch.sparse"] = [*gpu_competitors.torch_bsr_tuned(trial)]
         except ValueError as error:

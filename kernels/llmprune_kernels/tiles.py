@@ -40,6 +40,8 @@ SHARED_BYTES = {
     "gfx942": 64 << 10,
     "gfx950": 160 << 10,
 }
+# architectures with the bulk copy engine
+BULK_COPY_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")
 SMALLEST_SHARED_BYTES = 64 << 10
 # beyond this many tokens a weight tile is no longer the larger operand of the decode kernel
 MAX_DECODE_TOKENS = 64
@@ -195,17 +197,34 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def nearest_tile(table: dict[str, Any], kind: Kind, problem: Problem, arch: str) -> Tile | None:
     """The tile of the nearest entry of this kind, dtype, block and arch; None if there is none."""
+    fitting = fitting_entries(table, kind, problem, arch)
+    if not fitting:
+        return None
+    return Tile(**min(fitting, key=lambda entry: distance(entry, problem))["tile"])
+
+
+def fitting_entries(
+    table: dict[str, Any], kind: Kind, problem: Problem, arch: str
+) -> list[dict[str, Any]]:
+    """The entries of a table of this kind, dtype, block and arch."""
     width = "float" if problem.dtype == torch.float32 else "half"
-    fitting = [
+    return [
         entry
         for entry in table["tiles"]
         if (entry["kind"], entry["dtype"]) == (kind, width)
         and arch in entry.get("arch", [arch])
         and _has_block(entry, problem.block)
     ]
-    if not fitting:
-        return None
-    return Tile(**min(fitting, key=lambda entry: _distance(entry, problem))["tile"])
+
+
+def distance(entry: dict[str, Any], problem: Problem) -> float:
+    """How far an entry is from a problem: the sum of |log2| of the ratios of its numbers."""
+    named = [name for name in NUMBERS if name in entry]
+    got = [max(getattr(problem, name), 1e-3) for name in named]
+    return sum(
+        abs(math.log2(number / max(entry[name], 1e-3)))
+        for name, number in zip(named, got, strict=True)
+    )
 
 
 def fit(kind: Kind, tile: Tile, problem: Problem, device: Device) -> Tile:
@@ -252,15 +271,6 @@ def shared_bytes(kind: Kind, tile: Tile, block: tuple[int, int], dtype: torch.dt
 def _has_block(entry: dict[str, Any], block: tuple[int, int]) -> bool:
     wanted = entry.get("block", (None, None))
     return all(side is None or side == got for side, got in zip(wanted, block, strict=True))
-
-
-def _distance(entry: dict[str, Any], problem: Problem) -> float:
-    named = [name for name in NUMBERS if name in entry]
-    got = [max(getattr(problem, name), 1e-3) for name in named]
-    return sum(
-        abs(math.log2(number / max(entry[name], 1e-3)))
-        for name, number in zip(named, got, strict=True)
-    )
 
 
 def _split(problem: Problem, device: Device) -> int:

@@ -98,7 +98,7 @@ def kinds_for(problem: Problem, device: Device) -> list[Kind]:
     """The kinds of kernel that run a problem on a device."""
     if problem.tokens <= tiles.MAX_DECODE_TOKENS:
         return ["decode"]
-    newer = device.arch in ("sm_90", "sm_100", "sm_103", "sm_120")
+    newer = device.arch in tiles.BULK_COPY_ARCHS
     forward: list[Kind] = ["matmul", "tma"] if newer else ["matmul"]
     return [*forward, "swiglu", "grad_input", "grad_values"]
 
