@@ -80,9 +80,20 @@ def decode_launch(model: Any, batch: int) -> Any:
     model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     token = prompt[:, :1].clone()
     position = torch.full((batch, 1), CONTEXT, device="cuda")
-    return partial(
-        model, token, past_key_values=cache, position_ids=position, use_cache=True, logits_to_keep=1
-    )
+    lengths = [layer.cumulative_length for layer in cache.layers]
+
+    def launch() -> None:
+        model(
+            token,
+            past_key_values=cache,
+            position_ids=position,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        # every step is the one after `CONTEXT` tokens
+        torch._foreach_sub_(lengths, 1)
+
+    return launch
 
 
 class Passes:

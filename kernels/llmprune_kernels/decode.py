@@ -23,7 +23,14 @@ from llmprune_kernels import operands, tiles
 from llmprune_kernels.bsr import BlockIndex
 from llmprune_kernels.matmul import is_ragged
 from llmprune_kernels.tiles import Tile
-from llmprune_kernels.walk import lane_blocks, lane_offsets, load_places, multiply, row_tile_offsets
+from llmprune_kernels.walk import (
+    lane_blocks,
+    lane_offsets,
+    load_places,
+    multiply,
+    row_blocks,
+    row_tile_offsets,
+)
 
 MAX_TOKENS = tiles.MAX_DECODE_TOKENS
 # The reduction holds all partial sums of a row's feature at once.
@@ -58,8 +65,9 @@ def item_product(
     item_col = col_ptr + first
     columns = load_places(item_col, 0, STEP, BK)
     acc = tl.zeros((ROWS, STEP if MP == 1 else MP), dtype=tl.float32)
-    # named here, the depth also holds for a loop without a dot
-    for step in tl.range(0, tl.cdiv(count * BK, STEP), num_stages=STAGES):
+    # A loop without a dot has its depth from here. With one, the depth named here would make the
+    # loads of columns copies that are waited for, and everything that was fetched ahead with them.
+    for step in tl.range(0, tl.cdiv(count * BK, STEP), num_stages=STAGES if MP == 1 else None):
         x_at = x_rows + lane_offsets(columns, step, STEP, BK)[None, :]
         w_at = item_values + row_tile_offsets(step, STEP, ROWS, BN, BK)
         if RAGGED:
@@ -79,7 +87,7 @@ def item_product(
     return acc
 
 
-@triton.jit(do_not_specialize=["split"])
+@triton.jit(do_not_specialize=["split", "per_row"])
 def item_kernel(
     x_ptr,
     values_ptr,
@@ -91,12 +99,14 @@ def item_kernel(
     block_rows,
     x_stride,
     split,
+    per_row,
     MP: tl.constexpr,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
     RAGGED: tl.constexpr,
     PARTIAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -108,8 +118,7 @@ def item_kernel(
     part = tl.program_id(0) % (BN // ROWS)
     item = tl.program_id(1)
     begin = item * split
-    row_first = tl.load(row_ptr + row)
-    row_count = tl.load(row_ptr + row + 1) - row_first
+    row_first, row_count = row_blocks(row_ptr, row, per_row, EVEN)
     if (item > 0) & (begin >= row_count):
         return
     acc = item_product(
@@ -210,9 +219,9 @@ def linear(
     with torch.cuda.device_of(x):
         item_kernel[(out_features // rows_of(tile, block), items)](
             x, values, index.row_ptr, index.col, given_bias, out,
-            num_tokens, index.block_rows, x.stride(0), split,
+            num_tokens, index.block_rows, x.stride(0), split, index.max_per_row,
             **shared, **constants(tile, block, x.dtype), PARTIAL=items > 1,
-            RAGGED=is_ragged(tile, block, index), **tile.options(),
+            EVEN=index.is_balanced, RAGGED=is_ragged(tile, block, index), **tile.options(),
         )  # fmt: skip
     if items > 1:
         with torch.cuda.device_of(x):

@@ -23,6 +23,7 @@ from llmprune_kernels.walk import (
     lane_offsets,
     load_places,
     program_tile,
+    row_blocks,
     row_tile_offsets,
     upright,
     zero_sums,
@@ -129,7 +130,7 @@ def swiglu_kernel(
     tl.store(y_rows + features[None, :], product.to(y_ptr.dtype.element_ty), mask=is_token)
 
 
-@triton.jit(do_not_specialize=["split", "items"])
+@triton.jit(do_not_specialize=["split", "items", "gate_per_row", "up_per_row"])
 def swiglu_item_kernel(
     x_ptr,
     gate_ptr,
@@ -144,12 +145,15 @@ def swiglu_item_kernel(
     items,
     x_stride,
     split,
+    gate_per_row,
+    up_per_row,
     MP: tl.constexpr,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
     RAGGED: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -160,6 +164,7 @@ def swiglu_item_kernel(
     item = tl.program_id(1)
     which = tl.program_id(2)
     begin = item * split
+    per_row = tl.where(which == 0, gate_per_row, up_per_row)
     if which == 0:
         values_ptr = gate_ptr
         row_ptr = gate_row_ptr
@@ -168,8 +173,7 @@ def swiglu_item_kernel(
         values_ptr = up_ptr
         row_ptr = up_row_ptr
         col_ptr = up_col_ptr
-    row_first = tl.load(row_ptr + row)
-    row_count = tl.load(row_ptr + row + 1) - row_first
+    row_first, row_count = row_blocks(row_ptr, row, per_row, EVEN)
     if (item > 0) & (begin >= row_count):
         return
     acc = item_product(
@@ -183,7 +187,7 @@ def swiglu_item_kernel(
     tl.store(partial_ptr + lines * (block_rows * BN) + features, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gate_per_row", "up_per_row"])
 def swiglu_whole_kernel(
     x_ptr,
     gate_ptr,
@@ -196,12 +200,15 @@ def swiglu_whole_kernel(
     num_tokens,
     block_rows,
     x_stride,
+    gate_per_row,
+    up_per_row,
     MP: tl.constexpr,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
     RAGGED: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -209,14 +216,14 @@ def swiglu_whole_kernel(
     """A part of a whole block row of gate and of up, gated: rows that are not split."""
     row = tl.program_id(0) // (BN // ROWS)
     part = tl.program_id(0) % (BN // ROWS)
-    first = tl.load(gate_row_ptr + row)
+    first, count = row_blocks(gate_row_ptr, row, gate_per_row, EVEN)
     gate = item_product(
-        x_ptr, gate_ptr, gate_col_ptr, first, tl.load(gate_row_ptr + row + 1) - first,
+        x_ptr, gate_ptr, gate_col_ptr, first, count,
         part, num_tokens, x_stride, MP, ROWS, BN, BK, STEP, STAGES, RAGGED, UPCAST, PRECISION,
     )  # fmt: skip
-    first = tl.load(up_row_ptr + row)
+    first, count = row_blocks(up_row_ptr, row, up_per_row, EVEN)
     up = item_product(
-        x_ptr, up_ptr, up_col_ptr, first, tl.load(up_row_ptr + row + 1) - first,
+        x_ptr, up_ptr, up_col_ptr, first, count,
         part, num_tokens, x_stride, MP, ROWS, BN, BK, STEP, STAGES, RAGGED, UPCAST, PRECISION,
     )  # fmt: skip
     tokens = tl.arange(0, MP)
@@ -326,15 +333,18 @@ def _few_tokens(
     fullest = max(gate_index.max_per_row, up_index.max_per_row)
     split, items = decode.split_rows(tile, block, fullest)
     constants = decode.constants(tile, block, x.dtype)
-    ragged = any(matmul.is_ragged(tile, block, index) for index in (gate_index, up_index))
+    both = (gate_index, up_index)
+    constants["EVEN"] = all(index.is_balanced for index in both)
+    constants["RAGGED"] = any(matmul.is_ragged(tile, block, index) for index in both)
+    per_row = [index.max_per_row for index in both]
     parts = y.shape[1] // constants["ROWS"]
     if items == 1:
         with torch.cuda.device_of(x):
             swiglu_whole_kernel[(parts,)](
                 x, gate, gate_index.row_ptr, gate_index.col,
                 up, up_index.row_ptr, up_index.col, y,
-                num_tokens, gate_index.block_rows, x.stride(0),
-                BN=block[0], **constants, RAGGED=ragged, **tile.options(),
+                num_tokens, gate_index.block_rows, x.stride(0), *per_row,
+                BN=block[0], **constants, **tile.options(),
             )  # fmt: skip
         return y
     partial = x.new_empty(2, items, num_tokens, y.shape[1], dtype=torch.float32)
@@ -342,8 +352,8 @@ def _few_tokens(
         swiglu_item_kernel[(parts, items, 2)](
             x, gate, gate_index.row_ptr, gate_index.col,
             up, up_index.row_ptr, up_index.col, partial,
-            num_tokens, gate_index.block_rows, items, x.stride(0), split,
-            BN=block[0], **constants, RAGGED=ragged, **tile.options(),
+            num_tokens, gate_index.block_rows, items, x.stride(0), split, *per_row,
+            BN=block[0], **constants, **tile.options(),
         )  # fmt: skip
     with torch.cuda.device_of(x):
         swiglu_reduce_kernel[(gate_index.block_rows, num_tokens)](

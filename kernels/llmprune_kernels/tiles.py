@@ -131,9 +131,16 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device("interpreter", "sm_90", 132)
     found = torch.cuda.get_device_properties(device)
-    gfx = getattr(found, "gcnArchName", "").partition(":")[0]
-    arch = gfx or f"sm_{found.major}{found.minor}"
+    arch = arch_of(found, is_amd=torch.version.hip is not None)
     return Device(found.name, arch, found.multi_processor_count)
+
+
+def arch_of(properties: Any, *, is_amd: bool) -> str:
+    """The architecture as tables name it, from a device's properties."""
+    # a build for CUDA has gcnArchName too, and gives the card's name for it
+    if is_amd:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def choose_for(kind: Kind, values: Tensor, index: BlockIndex, num_tokens: int) -> Tile:

@@ -168,10 +168,11 @@ def _ways_to_cut(kind: Kind, problem: Problem, default: Tile) -> Iterator[Tile]:
     rows, columns = problem.block
     step = 32 if problem.dtype == torch.float32 else 64
     if kind == "decode":
-        steps = [width for width in (step, 2 * step) if width <= operands.MOST_MERGED * columns]
+        widest = operands.MOST_MERGED * columns
+        steps = sorted({w for w in (columns, step, 2 * step) if 16 <= w <= min(widest, 128)})
         parts = [size for size in (16, 32, 64, 128) if size <= rows]
         for block_m, width, part in itertools.product(_token_sizes(kind, problem), steps, parts):
-            for num_warps, num_stages in itertools.product((2, 4, 8), (3, 5)):
+            for num_warps, num_stages in itertools.product((2, 4), (3, 5)):
                 # a thread moves 8 to 64 numbers in a step
                 if 8 <= part * width / (32 * num_warps) <= 64:
                     for split in _splits(problem):

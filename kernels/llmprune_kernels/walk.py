@@ -38,6 +38,21 @@ def lane_blocks(step, STEP: tl.constexpr, SIDE: tl.constexpr):
 
 
 @triton.jit
+def row_blocks(row_ptr, row, per_row, EVEN: tl.constexpr):
+    """(first block, number of blocks) of a block row; EVEN: every row has `per_row`, none is read.
+
+    A program that need not wait for its row's place fetches its first blocks at once.
+    """
+    if EVEN:
+        first = row * per_row
+        count = per_row
+    else:
+        first = tl.load(row_ptr + row)
+        count = tl.load(row_ptr + row + 1) - first
+    return first, count
+
+
+@triton.jit
 def load_places(places_ptr, step, STEP: tl.constexpr, SIDE: tl.constexpr):
     """The block column (or row, or place in the values) of every lane of a step.
 

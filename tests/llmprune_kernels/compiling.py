@@ -151,7 +151,7 @@ def launches(
         return [("tma", tma.tma_kernel, constants, types)]
     if kind == "decode":
         constants = decode.constants(tile, block, dtype)
-        constants |= {"BN": block[0], "RAGGED": merged}
+        constants |= {"BN": block[0], "RAGGED": merged, "EVEN": not merged}
         alone = constants | {"PARTIAL": True, "HAS_BIAS": True}
         return [
             ("decode", decode.item_kernel, alone, {"out_ptr": "*fp32"}),
