@@ -228,6 +228,7 @@ class _Member:
 def serve(pipe: Connection, out: Path, recipes: Sequence[Recipe]) -> None:
     """What a process of the crew does: compute the figures it is sent until the pipe closes."""
     import torch
+    from transformers.utils import logging
 
     from llmprune.run_steps import silent
     from llmprune_eval.stored_results import StoredResults
@@ -235,6 +236,7 @@ def serve(pipe: Connection, out: Path, recipes: Sequence[Recipe]) -> None:
 
     # as many threads as processes have cores to themselves, or they would wait for each other
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     store = StoredResults(out / "results")
     bench = Workbench(out, store, silent)
     bench.expect(recipes)
