@@ -7,9 +7,10 @@ stored blocks are written into a dense weight and the dense product runs ("densi
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -29,9 +30,8 @@ PREFILL_BREAK_EVEN = {16: 0.13, 32: 0.25, 64: 0.38, 128: 0.57}
 OVERRIDE = "LLMPRUNE_KERNELS_BACKEND"
 
 
-@dataclass(frozen=True)
-class Work:
-    """One product: what a choice depends on.
+class Work(NamedTuple):
+    """One product: what a choice depends on. A tuple, since every call makes one and looks it up.
 
     Attributes:
         device: `cpu` or `cuda`.
@@ -77,6 +77,7 @@ def choose_backend(work: Work) -> Choice:
     return _on_cpu(work) if work.device == "cpu" else _on_gpu(work)
 
 
+@functools.lru_cache(maxsize=4096)
 def _on_cpu(work: Work) -> Choice:
     compiled = native.is_available() and native.supports(work.dtype) and not is_outrun(work)
     speedup = cpu.predicted_speedup(

@@ -19,21 +19,24 @@ GRANITE_RAPIDS = (SAPPHIRE_RAPIDS[0], SAPPHIRE_RAPIDS[1] + " amx_fp16")
 def on(tmp_path, monkeypatch):
     """Gives a function: what runs from now on is asked about another processor."""
 
+    def forget():
+        processor._identity.cache_clear()
+        cpu_table.speedup.cache_clear()
+        dispatch._on_cpu.cache_clear()
+
     def pretend(identity, native=None):
         vendor, flags = identity
         path = tmp_path / "cpuinfo"
         path.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\n" * 2)
         monkeypatch.setattr(processor, "CPUINFO", path)
-        processor._identity.cache_clear()
-        cpu_table.speedup.cache_clear()
+        forget()
         if native:
             monkeypatch.setattr(dispatch.native, "is_available", lambda: True)
             monkeypatch.setattr(dispatch.native, "supports", lambda dtype: True)
             monkeypatch.setattr(dispatch.native, "instruction_set", lambda: native)
 
     yield pretend
-    processor._identity.cache_clear()
-    cpu_table.speedup.cache_clear()
+    forget()
 
 
 def work(dtype, num_rows, density=0.5):
@@ -114,12 +117,13 @@ def test_an_outrun_kernel_does_not_compute_the_gradient_of_the_input(on, monkeyp
 def test_density_decides_between_blocks_and_dense(monkeypatch):
     """A backend that is predicted to be slower than dense does not run."""
     small = dispatch.Work("cpu", torch.float32, 4, 64, 64, (16, 16), 0.5)
-    monkeypatch.setattr(dispatch.cpu, "predicted_speedup", lambda *a, **k: 0.9)
-    choice = dispatch.choose_backend(small)
-    assert choice.backend == "densify"
-    assert "would be slower" in choice.reason
-    monkeypatch.setattr(dispatch.cpu, "predicted_speedup", lambda *a, **k: 1.1)
-    assert dispatch.choose_backend(small).backend in ("native", "pytorch")
+    for speedup, backends in ((0.9, ("densify",)), (1.1, ("native", "pytorch"))):
+        monkeypatch.setattr(dispatch.cpu, "predicted_speedup", lambda *a, s=speedup, **k: s)
+        dispatch._on_cpu.cache_clear()
+        choice = dispatch.choose_backend(small)
+        assert choice.backend in backends
+        assert ("would be slower" in choice.reason) == (speedup < 1)
+    dispatch._on_cpu.cache_clear()
 
 
 @pytest.fixture
