@@ -16,7 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from llmprune_kernels import cpu, native, products, reference
 from llmprune_kernels.bsr import BlockIndex
-from llmprune_kernels.dispatch import Backend, Work, choose_backend, is_outrun
+from llmprune_kernels.dispatch import Backend, choose_backend, is_outrun
+from llmprune_kernels.work import Work
 
 
 def block_sparse_linear(

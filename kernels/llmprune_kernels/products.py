@@ -10,24 +10,23 @@ from torch.nn import functional
 
 from llmprune_kernels import cpu, native, reference
 from llmprune_kernels.bsr import BlockIndex, scatter_blocks
-from llmprune_kernels.dispatch import DECODE_ROWS, Work, choose_backend
+from llmprune_kernels.dispatch import DECODE_ROWS, choose_backend
 from llmprune_kernels.triton_runtime import has_triton
+from llmprune_kernels.work import Work
 
 
 def linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) -> Tensor:
     """y = x W^T + bias, shape (..., out_features); arguments as for `ops.block_sparse_linear`."""
     if not x.numel():
         return x.new_zeros(*x.shape[:-1], index.block_rows * values.shape[1])
-    backend = choose_backend(_work(x, values, index)).backend
+    backend = choose_backend(Work.of(x, values, index)).backend
     if backend == "native":
         return native.linear(x, values, index, bias)
     flat = _as_matrix(x)
     if backend == "reference":
         y = reference.linear(flat, values, index, bias)
     elif backend == "pytorch":
-        block = (values.shape[1], values.shape[2])
-        way = cpu.choose_way(flat.shape[0], index.density, x.dtype, block)
-        y = cpu.linear(flat, values, index, bias, way=way)
+        y = cpu.linear(flat, values, index, bias)
     elif backend == "triton":
         y = _by_triton(flat, values, index, bias)
     else:
@@ -41,7 +40,7 @@ def swiglu(
     """silu(x Wg^T) * (x Wu^T); arguments as for `ops.block_sparse_swiglu`."""
     if x.numel() and gate.shape[1:] == up.shape[1:]:
         choices = {
-            choose_backend(_work(x, values, index)).backend
+            choose_backend(Work.of(x, values, index)).backend
             for values, index in ((gate, gate_index), (up, up_index))
         }
         if choices == {"native"}:
@@ -66,13 +65,6 @@ def dense_weight(values: Tensor, index: BlockIndex) -> Tensor:
 
 def _as_matrix(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-
-
-def _work(x: Tensor, values: Tensor, index: BlockIndex) -> Work:
-    _, rows, columns = values.shape
-    in_features = index.block_columns * columns
-    sizes = (x.numel() // in_features, in_features, index.block_rows * rows)
-    return Work(x.device.type, x.dtype, *sizes, (rows, columns), index.density)
 
 
 def _by_triton(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) -> Tensor:

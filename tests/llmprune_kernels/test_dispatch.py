@@ -7,6 +7,7 @@ import torch
 
 from llmprune_kernels import cpu, cpu_table, dispatch, processor
 from llmprune_kernels.ops import block_sparse_linear
+from llmprune_kernels.work import Work
 from tests.llmprune_kernels import blocks
 
 EPYC = ("AuthenticAMD", "avx2 fma avx512f avx512_bf16")
@@ -39,8 +40,8 @@ def on(tmp_path, monkeypatch):
     forget()
 
 
-def work(dtype, num_rows, density=0.5):
-    return dispatch.Work("cpu", dtype, num_rows, 2048, 2048, (64, 64), density)
+def work(dtype, num_rows, density=0.5, threads=1):
+    return Work("cpu", dtype, num_rows, 2048, 2048, (64, 64), density, threads)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_an_outrun_kernel_does_not_compute_the_gradient_of_the_input(on, monkeyp
 
 def test_density_decides_between_blocks_and_dense(monkeypatch):
     """A backend that is predicted to be slower than dense does not run."""
-    small = dispatch.Work("cpu", torch.float32, 4, 64, 64, (16, 16), 0.5)
+    small = Work("cpu", torch.float32, 4, 64, 64, (16, 16), 0.5)
     for speedup, backends in ((0.9, ("densify",)), (1.1, ("native", "pytorch"))):
         monkeypatch.setattr(dispatch.cpu, "predicted_speedup", lambda *a, s=speedup, **k: s)
         dispatch._on_cpu.cache_clear()
@@ -138,22 +139,24 @@ def _two_tables(tmp_path, monkeypatch):
              "speedup": {"native": speed, **dict.fromkeys(cpu.WAYS, speed / 2)}}
             for dtype in dense
         ]  # fmt: skip
-        text = json.dumps({"dense": dense, "cells": cells})
+        head = {"dense": dense, "threads": 1, "shape": [2048, 2048]}
+        text = json.dumps({**head, "cells": cells})
         (tmp_path / f"cpu-{name}.json").write_text(text)
     monkeypatch.setattr(cpu_table, "FOLDER", tmp_path)
     cpu_table._tables.cache_clear()
     yield
     cpu_table._tables.cache_clear()
+    cpu_table.speedup.cache_clear()
 
 
 @pytest.mark.usefixtures("_two_tables")
 def test_a_table_holds_for_processors_whose_dense_products_run_on_the_same(on):
     on(EPYC)
-    assert cpu_table.speedup("native", 1, 0.5, torch.float32, (64, 64)) == 4.0
-    assert cpu_table.speedup("native", 1, 0.5, torch.bfloat16, (64, 64)) == 4.0
+    assert cpu_table.speedup("native", work(torch.float32, 1)) == 4.0
+    assert cpu_table.speedup("native", work(torch.bfloat16, 1)) == 4.0
     on(SAPPHIRE_RAPIDS, "amx")
-    assert cpu_table.speedup("native", 1, 0.5, torch.float32, (64, 64)) == 0.5
-    assert cpu_table.speedup("native", 1, 0.5, torch.float16, (64, 64)) == 0.5
+    assert cpu_table.speedup("native", work(torch.float32, 1)) == 0.5
+    assert cpu_table.speedup("native", work(torch.float16, 1)) == 0.5
     for dtype in (torch.float32, torch.bfloat16):
         assert dispatch.choose_backend(work(dtype, 1)).backend == "densify"
 
@@ -161,4 +164,4 @@ def test_a_table_holds_for_processors_whose_dense_products_run_on_the_same(on):
 @pytest.mark.usefixtures("_two_tables")
 def test_without_a_table_the_lowest_figure_holds(on):
     on(CASCADE_LAKE)
-    assert cpu_table.speedup("native", 1, 0.5, torch.bfloat16, (64, 64)) == 0.5
+    assert cpu_table.speedup("native", work(torch.bfloat16, 1)) == 0.5
