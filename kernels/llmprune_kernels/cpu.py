@@ -1,9 +1,9 @@
 """Products with a weight stored in blocks, in plain PyTorch, for a CPU without the C++ library.
 
-There is no best way: which is fastest hangs on the number of rows, the density, the dtype, the
-block and the processor: `choose_way` reads it from measured tables (tables/cpu-*.json, written by
-benchmarks/cpu.py). Shapes as in `reference`: x (M, in_features), dy (M, out_features), values
-(num_blocks, rows, columns); float32, bfloat16, float16 and float64.
+There is no best way: which is fastest hangs on the number of rows, the weight, the density, the
+dtype, the block, the threads and the processor: `choose_way` reads it from measured tables
+(tables/cpu-*.json, written by benchmarks/cpu.py). Shapes as in `reference`: x (M, in_features), dy
+(M, out_features), values (num_blocks, rows, columns); float32, bfloat16, float16 and float64.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from llmprune_kernels import cpu_table
 from llmprune_kernels.bsr import BlockIndex, gather_blocks, scatter_blocks
+from llmprune_kernels.work import Work
 
 Way = Literal["gather_bmm", "merged_runs", "row_loop", "densify"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -46,7 +47,7 @@ def linear(
         ValueError: There is no such way.
     """
     if way is None:
-        way = choose_way(x.shape[0], index.density, x.dtype, (values.shape[1], values.shape[2]))
+        way = choose_way(Work.of(x, values, index))
     if way not in WAYS:
         raise ValueError(f"way must be one of {', '.join(WAYS)}, got {way!r}")
     if way == "densify":
@@ -64,33 +65,21 @@ def linear(
     return y if bias is None else y.add_(bias)
 
 
-def choose_way(num_rows: int, density: float, dtype: torch.dtype, block: tuple[int, int]) -> Way:
-    """The fastest way of `linear` by the measured table.
-
-    Args:
-        num_rows: Rows of x.
-        density: Stored share of the weight.
-        dtype: Of x and the weight; float64 is taken for float32.
-        block: (rows, columns).
-    """
-    return max(WAYS, key=lambda way: cpu_table.speedup(way, num_rows, density, dtype, block))
+def choose_way(work: Work) -> Way:
+    """The fastest way of `linear` by the measured table; float64 is taken for float32."""
+    return max(WAYS, key=lambda way: cpu_table.speedup(way, work))
 
 
-def predicted_speedup(
-    num_rows: int, density: float, dtype: torch.dtype, block: tuple[int, int], *, native: bool
-) -> float:
+def predicted_speedup(work: Work, *, native: bool) -> float:
     """How many times faster than the dense product `linear` is, by the measured table.
 
     Args:
-        num_rows: Rows of x.
-        density: Stored share of the weight.
-        dtype: Of x and the weight.
-        block: (rows, columns).
+        work: The product.
         native: Of `native.linear`, not of the best way here. Ways here include `densify`, which
             makes the dense weight on every call; who keeps it has 1.0 instead.
     """
-    ways = ("native",) if native and dtype != torch.float64 else WAYS
-    return max(cpu_table.speedup(way, num_rows, density, dtype, block) for way in ways)
+    ways = ("native",) if native and work.dtype != torch.float64 else WAYS
+    return max(cpu_table.speedup(way, work) for way in ways)
 
 
 def grad_input(dy: Tensor, values: Tensor, index: BlockIndex) -> Tensor:

@@ -1,9 +1,10 @@
 """How much faster than a dense product each way on a CPU is, from tables/cpu-*.json.
 
 benchmarks/cpu.py measures a table on one processor; which of them hold for another is decided by
-what dense products run on (`processor.dense_kind`). A table has cells for some blocks, numbers of
-rows and densities; between them the time relative to the dense product is interpolated, beyond them
-the last one holds.
+what dense products run on (`processor.dense_kind`). A table has cells for some numbers of threads,
+shapes of the weight, blocks, numbers of rows and densities. Of the threads the most that are not
+more than asked for are taken, of the shapes and blocks the nearest; between numbers of rows and
+densities the time relative to the dense product is interpolated, beyond them the last one holds.
 """
 
 from __future__ import annotations
@@ -13,23 +14,38 @@ import json
 import math
 from bisect import bisect_left
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from llmprune_kernels import processor
+from llmprune_kernels.work import Work
 
 FOLDER = Path(__file__).with_name("tables")
 
-# Relative times of one way by number of rows and by density.
+
+class _Setting(NamedTuple):
+    """What is not interpolated: threads, numbers of the dense weight, block."""
+
+    threads: int
+    size: int
+    block: tuple[int, int]
+
+
+# Relative times by number of rows and by density.
 _Grid = dict[int, dict[float, float]]
-# Of one dtype, by way and block.
-_Grids = dict[tuple[str, tuple[int, int]], _Grid]
+
+
+class _Table(NamedTuple):
+    """One dtype on one processor: what dense products ran on, and the grids by way."""
+
+    dtype: str
+    dense: str
+    grids: dict[str, dict[_Setting, _Grid]]
 
 
 @functools.lru_cache(maxsize=4096)
-def speedup(
-    way: str, num_rows: int, density: float, dtype: torch.dtype, block: tuple[int, int]
-) -> float:
+def speedup(way: str, work: Work) -> float:
     """Time of the dense product over the time of a way, at most about 10 percent of noise apart.
 
     The lowest of the tables whose dense products run on what they run on here, of all where there
@@ -37,48 +53,61 @@ def speedup(
 
     Args:
         way: `native` or one of `cpu.WAYS`.
-        num_rows: Rows of x.
-        density: Stored share of the weight.
-        dtype: A type that is not in the tables is taken for float32.
-        block: (rows, columns); the nearest in a table is taken.
+        work: The product. A type that is not in the tables is taken for float32.
     """
-    name = str(dtype).removeprefix("torch.")
-    tables = _tables()
-    if not any(name == known for known, _ in tables):
-        name, dtype = "float32", torch.float32
-    kind = processor.dense_kind(dtype)
-    fitting = [grids for (known, on), grids in tables.items() if (known, on) == (name, kind)]
-    every = [grids for (known, _), grids in tables.items() if known == name]
-    return min(_look_up(grids, way, num_rows, density, block) for grids in fitting or every)
+    dtype, name = work.dtype, str(work.dtype).removeprefix("torch.")
+    if not any(table.dtype == name for table in _tables()):
+        dtype, name = torch.float32, "float32"
+    every = [table for table in _tables() if table.dtype == name]
+    fitting = [table for table in every if table.dense == processor.dense_kind(dtype)]
+    return min(_look_up(table.grids[way], work) for table in fitting or every)
 
 
-def _look_up(
-    grids: _Grids, way: str, num_rows: int, density: float, block: tuple[int, int]
-) -> float:
-    sizes = [size for known, size in grids if known == way]
-    grid = grids[way, min(sizes, key=lambda size: (_distance(size, block), size))]
-    by_rows = {math.log2(rows): _between(times, density) for rows, times in grid.items()}
-    return 1 / _between(by_rows, math.log2(max(num_rows, 1)))
+def _look_up(grids: dict[_Setting, _Grid], work: Work) -> float:
+    measured = {setting.threads for setting in grids}
+    threads = max((n for n in measured if n <= work.threads), default=min(measured))
+    size = work.in_features * work.out_features
+
+    def distance(setting: _Setting) -> tuple[float, float, _Setting]:
+        sides = zip(setting.block, work.block, strict=True)
+        return _octaves(setting.size, size), sum(_octaves(*pair) for pair in sides), setting
+
+    grid = grids[min((one for one in grids if one.threads == threads), key=distance)]
+    by_rows = {math.log2(rows): _between(times, work.density) for rows, times in grid.items()}
+    return 1 / _between(by_rows, math.log2(max(work.num_rows, 1)))
 
 
 @functools.cache
-def _tables() -> dict[tuple[str, str], _Grids]:
-    """By name of a dtype and what dense products of it ran on."""
-    tables: dict[tuple[str, str], _Grids] = {}
+def _tables() -> list[_Table]:
+    tables = []
     for path in sorted(FOLDER.glob("cpu-*.json")):
-        table = json.loads(path.read_text())
-        for cell in table["cells"]:
-            grids = tables.setdefault((cell["dtype"], table["dense"][cell["dtype"]]), {})
-            for way, speed in cell["speedup"].items():
-                grid = grids.setdefault((way, (cell["block"][0], cell["block"][1])), {})
-                times = grid.setdefault(cell["num_rows"], {})
-                # of several processors, the slowest against dense
-                times[cell["density"]] = max(times.get(cell["density"], 0.0), 1 / speed)
-    return tables
+        text = json.loads(path.read_text())
+        tables += [_read(text, dtype, dense, path.name) for dtype, dense in text["dense"].items()]
+    return [table for table in tables if table.grids]
 
 
-def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:
-    return sum(abs(math.log2(one / other)) for one, other in zip(a, b, strict=True))
+def _read(text: dict[str, Any], dtype: str, dense: str, name: str) -> _Table:
+    """Of one dtype. Cells that do not say their threads or shape have those of the table.
+
+    Raises:
+        ValueError: A number of threads or a shape is missing or is none.
+    """
+    grids: dict[str, dict[_Setting, _Grid]] = {}
+    for cell in (cell for cell in text["cells"] if cell["dtype"] == dtype):
+        threads, shape = (cell.get(key, text.get(key)) for key in ("threads", "shape"))
+        if not isinstance(threads, int) or threads < 1:
+            raise ValueError(f"{name}: threads must be a whole number from 1 on, got {threads!r}")
+        if not isinstance(shape, list) or len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"{name}: shape must be [out_features, in_features], got {shape!r}")
+        setting = _Setting(threads, shape[0] * shape[1], (cell["block"][0], cell["block"][1]))
+        for way, speed in cell["speedup"].items():
+            grid = grids.setdefault(way, {}).setdefault(setting, {})
+            grid.setdefault(cell["num_rows"], {})[cell["density"]] = 1 / speed
+    return _Table(dtype, dense, grids)
+
+
+def _octaves(one: int, other: int) -> float:
+    return abs(math.log2(one / other))
 
 
 def _between(points: dict[float, float], at: float) -> float:

@@ -7,6 +7,7 @@ stored blocks are written into a dense weight and the dense product runs ("densi
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,6 +16,7 @@ import torch
 
 from llmprune_kernels import cpu, native, processor
 from llmprune_kernels.triton_runtime import has_triton
+from llmprune_kernels.work import Work
 
 Backend = Literal["reference", "pytorch", "native", "triton", "densify"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -27,29 +29,6 @@ DECODE_EFFICIENCY = 0.85
 PREFILL_BREAK_EVEN = {16: 0.13, 32: 0.25, 64: 0.38, 128: 0.57}
 # Takes the place of every choice, for measurements and for reports of bugs.
 OVERRIDE = "LLMPRUNE_KERNELS_BACKEND"
-
-
-@dataclass(frozen=True)
-class Work:
-    """One product: what a choice depends on.
-
-    Attributes:
-        device: `cpu` or `cuda`.
-        dtype: Of the activations and blocks.
-        num_rows: Rows of x (tokens), M.
-        in_features: Columns of the weight.
-        out_features: Rows of the weight.
-        block: (rows, columns) of a stored block.
-        density: Stored share of the weight.
-    """
-
-    device: str
-    dtype: torch.dtype
-    num_rows: int
-    in_features: int
-    out_features: int
-    block: tuple[int, int]
-    density: float
 
 
 @dataclass(frozen=True)
@@ -77,11 +56,10 @@ def choose_backend(work: Work) -> Choice:
     return _on_cpu(work) if work.device == "cpu" else _on_gpu(work)
 
 
+@functools.lru_cache(maxsize=4096)
 def _on_cpu(work: Work) -> Choice:
     compiled = native.is_available() and native.supports(work.dtype) and not is_outrun(work)
-    speedup = cpu.predicted_speedup(
-        work.num_rows, work.density, work.dtype, work.block, native=compiled
-    )
+    speedup = cpu.predicted_speedup(work, native=compiled)
     backend: Backend = "native" if compiled else "pytorch"
     said = f"predicted {speedup:.2f}x dense at density {work.density:.2f}, {work.num_rows} rows"
     if speedup < 1.0:

@@ -75,29 +75,28 @@ def linear(
     """y = x W^T + bias.
 
     Args:
-        x: Shape (M, in_features), any strides.
+        x: Shape (..., in_features), any strides.
         values: Shape (num_blocks, rows, columns), contiguous, of x's dtype.
         index: Where the blocks are.
         bias: Shape (out_features,), of x's dtype.
         using: One of INSTRUCTION_SETS, none above `instruction_set()`; that one if None.
 
     Returns:
-        Shape (M, out_features), contiguous.
+        Shape (..., out_features), contiguous.
 
     Raises:
         ValueError: A shape, dtype or device does not fit.
         RuntimeError: There is no native library.
     """
-    _check(x, values, index, index.block_columns * values.shape[2])
-    rows, columns = values.shape[1:]
+    rows, columns = _check(x, values, index, columns=True)
     out_features = index.block_rows * rows
     if bias is not None and (bias.shape != (out_features,) or bias.dtype != x.dtype):
         raise ValueError(
             f"bias must be {x.dtype} of shape ({out_features},), got {bias.dtype} of shape "
             f"{tuple(bias.shape)}"
         )
-    x, bias = _unit_stride(x), None if bias is None else bias.contiguous()
-    y = x.new_empty(x.shape[0], out_features)
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(*x.shape[:-1], out_features)
     tensors = (values, index.row_ptr, index.col, bias, y)
     _call("llmprune_linear", x, using, (index.block_rows, rows, columns), values.numel(), tensors)
     return y
@@ -117,17 +116,17 @@ def linear_swiglu(
     Both weights have one shape and are cut into blocks of one shape; which blocks are stored may
     differ. For the other arguments, results and errors see `linear`.
     """
-    _check(x, gate, gate_index, gate_index.block_columns * gate.shape[2])
-    _check(x, up, up_index, up_index.block_columns * up.shape[2])
-    if gate.shape[1:] != up.shape[1:] or gate_index.block_rows != up_index.block_rows:
+    rows, columns = block = _check(x, gate, gate_index, columns=True)
+    if (
+        _check(x, up, up_index, columns=True) != block
+        or gate_index.block_rows != up_index.block_rows
+    ):
         raise ValueError(
             "gate and up must have one shape and one block, got blocks "
             f"{tuple(gate.shape[1:])} and {tuple(up.shape[1:])}, "
             f"{gate_index.block_rows} and {up_index.block_rows} block rows"
         )
-    rows, columns = gate.shape[1:]
-    x = _unit_stride(x)
-    y = x.new_empty(x.shape[0], gate_index.block_rows * rows)
+    y = x.new_empty(*x.shape[:-1], gate_index.block_rows * rows)
     tensors = (gate, gate_index.row_ptr, gate_index.col, up, up_index.row_ptr, up_index.col, y)
     sizes = (gate_index.block_rows, rows, columns)
     _call("llmprune_linear_swiglu", x, using, sizes, gate.numel() + up.numel(), tensors)
@@ -137,11 +136,9 @@ def linear_swiglu(
 def grad_input(
     dy: Tensor, values: Tensor, index: BlockIndex, *, using: str | None = None
 ) -> Tensor:
-    """dx = dy W, shape (M, in_features); arguments and errors as for `linear`."""
-    _check(dy, values, index, index.block_rows * values.shape[1])
-    rows, columns = values.shape[1:]
-    dy = _unit_stride(dy)
-    dx = dy.new_empty(dy.shape[0], index.block_columns * columns)
+    """dx = dy W, shape (..., in_features); arguments and errors as for `linear`."""
+    rows, columns = _check(dy, values, index, columns=False)
+    dx = dy.new_empty(*dy.shape[:-1], index.block_columns * columns)
     tensors = (values, index.t_ptr, index.t_row, index.t_idx, dx)
     sizes = (index.block_columns, rows, columns)
     _call("llmprune_grad_input", dy, using, sizes, values.numel(), tensors)
@@ -160,20 +157,25 @@ def _call(
     level = _best() if using is None else INSTRUCTION_SETS.index(using)
     if level > _best():
         raise ValueError(f"using must be at most {INSTRUCTION_SETS[_best()]!r}, got {using!r}")
-    num_rows, in_size = x.shape
+    in_size = x.shape[-1]
+    num_rows, x_stride = x.numel() // in_size, in_size
     if num_rows == 0:
         return
+    if not x.is_contiguous():
+        x = x.reshape(num_rows, in_size)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        x_stride = x.stride(0)
     threads = torch.get_num_threads() if num_rows * numbers >= _MIN_THREADED_WORK else 1
     status = getattr(library, name)(
         ELEMENTS[x.dtype],
         level,
         threads,
         x.data_ptr(),
-        x.stride(0),
+        x_stride,
         num_rows,
         in_size,
         *sizes,
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
     )
     if status == _NO_MEMORY:
         raise MemoryError(f"no memory to pack {num_rows} rows of {in_size} numbers")
@@ -181,27 +183,27 @@ def _call(
         raise ValueError(f"{x.dtype} needs more than {INSTRUCTION_SETS[level]} instructions")
 
 
-def _check(x: Tensor, values: Tensor, index: BlockIndex, in_size: int) -> None:
-    if x.dim() != 2 or x.shape[1] != in_size:
-        raise ValueError(f"x must have shape (M, {in_size}), got {tuple(x.shape)}")
+def _check(x: Tensor, values: Tensor, index: BlockIndex, *, columns: bool) -> tuple[int, int]:
+    """(rows, columns) of a block, when C++ can read all; x is as wide as the weight, or as high."""
+    num_blocks, *block = values.shape
+    in_size = index.block_columns * block[1] if columns else index.block_rows * block[0]
+    if x.dim() < 1 or x.shape[-1] != in_size:
+        raise ValueError(f"x must have shape (..., {in_size}), got {tuple(x.shape)}")
     if x.dtype not in ELEMENTS or values.dtype != x.dtype:
         raise ValueError(
             "x and values must be of one dtype, float32, bfloat16 or float16, got "
             f"{x.dtype} and {values.dtype}"
         )
-    if x.device.type != "cpu" or values.device.type != "cpu" or index.row_ptr.device.type != "cpu":
+    if not (x.is_cpu and values.is_cpu and index.row_ptr.is_cpu):
         raise ValueError(f"x, values and index must be on the CPU, got {x.device}, {values.device}")
-    if values.shape[0] != index.num_blocks or not values.is_contiguous():
+    if num_blocks != index.num_blocks or not values.is_contiguous():
         raise ValueError(
             f"values must be {index.num_blocks} contiguous blocks, got shape "
             f"{tuple(values.shape)} with strides {values.stride()}"
         )
-    if any(side not in BLOCK_SIDES for side in values.shape[1:]):
-        raise ValueError(f"block sides must be of {BLOCK_SIDES}, got {tuple(values.shape[1:])}")
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+    if block[0] not in BLOCK_SIDES or block[1] not in BLOCK_SIDES:
+        raise ValueError(f"block sides must be of {BLOCK_SIDES}, got {tuple(block)}")
+    return block[0], block[1]
 
 
 def _loaded() -> ctypes.CDLL:

@@ -1,7 +1,8 @@
 """The operators: `torch.library` custom ops with shapes, gradients and FLOPs, opaque to compilers.
 
 A functional operator on plain tensors, so that `torch.compile` and `torch.export` keep it as one
-node; which kernel runs is decided inside, where the number of rows is a number.
+node; which kernel runs is decided inside, where the number of rows is a number. Calling one costs
+as much as the product of a small layer and one token; where nobody would see it, it is left out.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from llmprune_kernels import cpu, native, reference
-from llmprune_kernels.bsr import BlockIndex, scatter_blocks
-from llmprune_kernels.dispatch import DECODE_ROWS, Backend, Work, choose_backend, is_outrun
-from llmprune_kernels.triton_runtime import has_triton
+from llmprune_kernels import cpu, native, products, reference
+from llmprune_kernels.bsr import BlockIndex
+from llmprune_kernels.dispatch import Backend, choose_backend, is_outrun
+from llmprune_kernels.work import Work
 
 
 def block_sparse_linear(
@@ -36,6 +37,9 @@ def block_sparse_linear(
     Raises:
         ValueError: Shapes or dtypes do not fit.
     """
+    if _is_plain(x, values, bias):
+        _check(x, values, index, bias)
+        return products.linear(x, values, index, bias)
     x, values, bias = _cast(x, values, bias)
     _check(x, values, index, bias)
     return torch.ops.llmprune.block_sparse_linear(x, values, bias, *_flat(index))
@@ -59,11 +63,11 @@ def block_sparse_swiglu(
     Raises:
         ValueError: Shapes or dtypes do not fit.
     """
+    if _is_plain(x, gate, up):
+        _check_pair(x, gate, gate_index, up, up_index)
+        return products.swiglu(x, gate, gate_index, up, up_index)
     x, gate, up = _cast(x, gate, up)
-    _check(x, gate, gate_index, None)
-    _check(x, up, up_index, None)
-    if gate_index.block_rows * gate.shape[1] != up_index.block_rows * up.shape[1]:
-        raise ValueError("gate and up must have equally many out_features")
+    _check_pair(x, gate, gate_index, up, up_index)
     return torch.ops.llmprune.block_sparse_swiglu(x, gate, up, *_flat(gate_index), *_flat(up_index))
 
 
@@ -89,9 +93,40 @@ def _check(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) ->
         raise ValueError(f"x, values and bias must share a dtype, got {x.dtype}, {values.dtype}")
 
 
+def _check_pair(
+    x: Tensor, gate: Tensor, gate_index: BlockIndex, up: Tensor, up_index: BlockIndex
+) -> None:
+    _check(x, gate, gate_index, None)
+    _check(x, up, up_index, None)
+    if gate_index.block_rows * gate.shape[1] != up_index.block_rows * up.shape[1]:
+        raise ValueError("gate and up must have equally many out_features")
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether numbers on a CPU are all that a call is about, and nothing watches operators.
+
+    No gradient, autocast, compiler, trace, mode, function transform or subclass.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    learns = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (
+            not tensor.is_cpu
+            or type(tensor) not in (Tensor, Parameter)
+            or (learns and tensor.requires_grad)
+        ):
+            return False
+    return True
+
+
 # the index in the flat form that an operator's schema can express
 @torch.library.custom_op("llmprune::block_sparse_linear", mutates_args=())
-def _linear(
+def _linear_op(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
@@ -105,59 +140,12 @@ def _linear(
     max_per_column: int,
 ) -> Tensor:
     index = BlockIndex(row_ptr, col, row, t_ptr, t_row, t_idx, max_per_row, max_per_column)
-    flat = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    y = _forward(flat, values, index, bias)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return products.linear(x, values, index, bias)
 
 
-@_linear.register_fake
+@_linear_op.register_fake
 def _(x, values, bias, row_ptr, *rest):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], (row_ptr.shape[0] - 1) * values.shape[1])
-
-
-def _work(x: Tensor, values: Tensor, index: BlockIndex) -> Work:
-    return Work(
-        device=x.device.type,
-        dtype=x.dtype,
-        num_rows=x.shape[0],
-        in_features=x.shape[1],
-        out_features=index.block_rows * values.shape[1],
-        block=(values.shape[1], values.shape[2]),
-        density=index.density,
-    )
-
-
-def _forward(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) -> Tensor:
-    if x.shape[0] == 0:
-        return x.new_zeros(0, index.block_rows * values.shape[1])
-    backend = choose_backend(_work(x, values, index)).backend
-    if backend == "reference":
-        return reference.linear(x, values, index, bias)
-    if backend == "pytorch":
-        block = (values.shape[1], values.shape[2])
-        way = cpu.choose_way(x.shape[0], index.density, x.dtype, block)
-        return cpu.linear(x, values, index, bias, way=way)
-    if backend == "native":
-        return native.linear(x, values, index, bias)
-    if backend == "triton":
-        return _triton_forward(x, values, index, bias)
-    return functional.linear(x, dense_weight(values, index), bias)
-
-
-def _triton_forward(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) -> Tensor:
-    from llmprune_kernels import decode, matmul
-
-    kernel = decode if x.shape[0] <= DECODE_ROWS else matmul
-    return kernel.linear(x, values, index, bias)
-
-
-def dense_weight(values: Tensor, index: BlockIndex) -> Tensor:
-    """The dense weight of stored blocks, written anew: nothing that was kept can be out of date."""
-    if values.device.type == "cpu" or not has_triton():
-        return scatter_blocks(values, index)
-    from llmprune_kernels.densify import densify
-
-    return densify(values, index)
 
 
 @torch.library.custom_op("llmprune::block_sparse_grad_input", mutates_args=())
@@ -184,7 +172,7 @@ def _grad_input(
 
         dx = grad_input(flat, values, index)
     else:
-        dx = flat @ dense_weight(values, index)
+        dx = flat @ products.dense_weight(values, index)
     return dx.reshape(*dy.shape[:-1], dx.shape[-1])
 
 
@@ -257,11 +245,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (dx, dv, db, *[None] * 8)
 
 
-_linear.register_autograd(_backward, setup_context=_save)
+_linear_op.register_autograd(_backward, setup_context=_save)
 
 
 @torch.library.custom_op("llmprune::block_sparse_swiglu", mutates_args=())
-def _swiglu(
+def _swiglu_op(
     x: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -288,32 +276,12 @@ def _swiglu(
     up_index = BlockIndex(
         u_row_ptr, u_col, u_row, u_t_ptr, u_t_row, u_t_idx, u_max_per_row, u_max_per_column
     )
-    flat = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    y = _swiglu_forward(flat, gate, gate_index, up, up_index)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return products.swiglu(x, gate, gate_index, up, up_index)
 
 
-@_swiglu.register_fake
+@_swiglu_op.register_fake
 def _(x, gate, up, g_row_ptr, *rest):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], (g_row_ptr.shape[0] - 1) * gate.shape[1])
-
-
-def _swiglu_forward(
-    x: Tensor, gate: Tensor, gate_index: BlockIndex, up: Tensor, up_index: BlockIndex
-) -> Tensor:
-    if x.shape[0]:
-        choices = {
-            choose_backend(_work(x, values, index)).backend
-            for values, index in ((gate, gate_index), (up, up_index))
-        }
-        if choices == {"triton"} and gate.shape[1:] == up.shape[1:]:
-            from llmprune_kernels.swiglu import linear_swiglu
-
-            return linear_swiglu(x, gate, gate_index, up, up_index)
-        if choices == {"native"} and gate.shape[1:] == up.shape[1:]:
-            return native.linear_swiglu(x, gate, gate_index, up, up_index)
-    opened = functional.silu(_forward(x, gate, gate_index, None))
-    return opened * _forward(x, up, up_index, None)
 
 
 def _save_swiglu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -344,7 +312,7 @@ def _swiglu_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (dx, d_gate_values, d_up_values, *[None] * 16)
 
 
-_swiglu.register_autograd(_swiglu_backward, setup_context=_save_swiglu)
+_swiglu_op.register_autograd(_swiglu_backward, setup_context=_save_swiglu)
 
 
 def _rows_of(shape: torch.Size) -> int:
@@ -374,4 +342,4 @@ def _(x_shape, gate_shape, up_shape, *rest, out_shape=None, **kwargs):  # type: 
     return 2 * _rows_of(x_shape) * (gate_shape.numel() + up_shape.numel())
 
 
-__all__ = ["Backend", "block_sparse_linear", "block_sparse_swiglu", "dense_weight"]
+__all__ = ["Backend", "block_sparse_linear", "block_sparse_swiglu"]

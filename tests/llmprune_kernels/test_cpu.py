@@ -1,11 +1,11 @@
 import itertools
-import json
 
 import pytest
 import torch
 
-from llmprune_kernels import cpu, cpu_table, reference
+from llmprune_kernels import cpu, reference
 from llmprune_kernels.bsr import gather_blocks
+from llmprune_kernels.work import Work
 from tests.llmprune_kernels import blocks
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +96,7 @@ def test_an_unknown_way_is_refused():
 def test_without_a_way_the_result_is_that_of_the_chosen_one():
     values, index = blocks.weight("random", torch.float32, (16, 16))
     x = torch.randn(3, 64)
-    way = cpu.choose_way(3, index.density, x.dtype, (16, 16))
+    way = cpu.choose_way(Work.of(x, values, index))
     assert torch.equal(cpu.linear(x, values, index), cpu.linear(x, values, index, way=way))
 
 
@@ -105,59 +105,15 @@ def test_without_a_way_the_result_is_that_of_the_chosen_one():
 def test_the_shipped_table_says_that_fewer_blocks_are_faster(dtype, native):
     for num_rows in (1, 16, 512):
         quarter, half, all_blocks = (
-            cpu.predicted_speedup(num_rows, density, dtype, (64, 64), native=native)
+            cpu.predicted_speedup(
+                Work("cpu", dtype, num_rows, 2048, 2048, (64, 64), density), native=native
+            )
             for density in (0.25, 0.5, 1.0)
         )
         assert quarter > half > 0.9 * all_blocks > 0
 
 
 def test_float64_has_no_native_speedup():
-    arguments = (4, 0.5, torch.float64, (32, 32))
-    with_native = cpu.predicted_speedup(*arguments, native=True)
-    assert with_native == cpu.predicted_speedup(*arguments, native=False)
-
-
-@pytest.fixture
-def _small_table(tmp_path, monkeypatch):
-    cells = [
-        {"dtype": dtype, "block": block, "num_rows": rows, "density": density, "speedup": speeds}
-        for dtype, block, rows, density, speeds in (
-            ("float32", [16, 16], 1, 0.5, {"native": 2.0, "gather_bmm": 0.5}),
-            ("float32", [16, 16], 1, 1.0, {"native": 1.0, "gather_bmm": 0.25}),
-            ("float32", [16, 16], 16, 0.5, {"native": 4.0, "gather_bmm": 8.0}),
-            ("float32", [16, 16], 16, 1.0, {"native": 4.0, "gather_bmm": 8.0}),
-            ("float32", [64, 64], 1, 0.5, {"native": 10.0, "gather_bmm": 1.0}),
-        )
-    ]
-    dense = {"dense": {"float32": "any"}}
-    (tmp_path / "cpu-one.json").write_text(json.dumps({**dense, "cells": cells}))
-    monkeypatch.setattr(cpu_table, "FOLDER", tmp_path)
-    cpu_table._tables.cache_clear()
-    cpu_table.speedup.cache_clear()
-    yield
-    cpu_table._tables.cache_clear()
-    cpu_table.speedup.cache_clear()
-
-
-@pytest.mark.usefixtures("_small_table")
-@pytest.mark.parametrize(
-    ("num_rows", "density", "block", "time"),
-    [
-        (1, 0.5, (16, 16), 0.5),
-        (1, 0.75, (16, 16), 0.75),
-        (1, 0.1, (16, 16), 0.5),
-        (1, 1.0, (16, 32), 1.0),
-        (4, 1.0, (16, 16), 0.625),
-        (500, 1.0, (16, 16), 0.25),
-        (1, 0.5, (64, 32), 0.1),
-    ],
-)
-def test_the_table_is_interpolated_in_time(num_rows, density, block, time):
-    found = cpu_table.speedup("native", num_rows, density, torch.float32, block)
-    assert found == pytest.approx(1 / time)
-
-
-@pytest.mark.usefixtures("_small_table")
-def test_a_dtype_that_was_not_measured_is_taken_for_float32():
-    for dtype in (torch.float64, torch.float16):
-        assert cpu_table.speedup("native", 1, 1.0, dtype, (16, 16)) == 1.0
+    work = Work("cpu", torch.float64, 4, 64, 64, (32, 32), 0.5)
+    with_native = cpu.predicted_speedup(work, native=True)
+    assert with_native == cpu.predicted_speedup(work, native=False)

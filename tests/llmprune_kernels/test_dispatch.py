@@ -7,6 +7,7 @@ import torch
 
 from llmprune_kernels import cpu, cpu_table, dispatch, processor
 from llmprune_kernels.ops import block_sparse_linear
+from llmprune_kernels.work import Work
 from tests.llmprune_kernels import blocks
 
 EPYC = ("AuthenticAMD", "avx2 fma avx512f avx512_bf16")
@@ -19,25 +20,28 @@ GRANITE_RAPIDS = (SAPPHIRE_RAPIDS[0], SAPPHIRE_RAPIDS[1] + " amx_fp16")
 def on(tmp_path, monkeypatch):
     """Gives a function: what runs from now on is asked about another processor."""
 
+    def forget():
+        processor._identity.cache_clear()
+        cpu_table.speedup.cache_clear()
+        dispatch._on_cpu.cache_clear()
+
     def pretend(identity, native=None):
         vendor, flags = identity
         path = tmp_path / "cpuinfo"
         path.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\n" * 2)
         monkeypatch.setattr(processor, "CPUINFO", path)
-        processor._identity.cache_clear()
-        cpu_table.speedup.cache_clear()
+        forget()
         if native:
             monkeypatch.setattr(dispatch.native, "is_available", lambda: True)
             monkeypatch.setattr(dispatch.native, "supports", lambda dtype: True)
             monkeypatch.setattr(dispatch.native, "instruction_set", lambda: native)
 
     yield pretend
-    processor._identity.cache_clear()
-    cpu_table.speedup.cache_clear()
+    forget()
 
 
-def work(dtype, num_rows, density=0.5):
-    return dispatch.Work("cpu", dtype, num_rows, 2048, 2048, (64, 64), density)
+def work(dtype, num_rows, density=0.5, threads=1):
+    return Work("cpu", dtype, num_rows, 2048, 2048, (64, 64), density, threads)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +117,14 @@ def test_an_outrun_kernel_does_not_compute_the_gradient_of_the_input(on, monkeyp
 
 def test_density_decides_between_blocks_and_dense(monkeypatch):
     """A backend that is predicted to be slower than dense does not run."""
-    small = dispatch.Work("cpu", torch.float32, 4, 64, 64, (16, 16), 0.5)
-    monkeypatch.setattr(dispatch.cpu, "predicted_speedup", lambda *a, **k: 0.9)
-    choice = dispatch.choose_backend(small)
-    assert choice.backend == "densify"
-    assert "would be slower" in choice.reason
-    monkeypatch.setattr(dispatch.cpu, "predicted_speedup", lambda *a, **k: 1.1)
-    assert dispatch.choose_backend(small).backend in ("native", "pytorch")
+    small = Work("cpu", torch.float32, 4, 64, 64, (16, 16), 0.5)
+    for speedup, backends in ((0.9, ("densify",)), (1.1, ("native", "pytorch"))):
+        monkeypatch.setattr(dispatch.cpu, "predicted_speedup", lambda *a, s=speedup, **k: s)
+        dispatch._on_cpu.cache_clear()
+        choice = dispatch.choose_backend(small)
+        assert choice.backend in backends
+        assert ("would be slower" in choice.reason) == (speedup < 1)
+    dispatch._on_cpu.cache_clear()
 
 
 @pytest.fixture
@@ -134,22 +139,24 @@ def _two_tables(tmp_path, monkeypatch):
              "speedup": {"native": speed, **dict.fromkeys(cpu.WAYS, speed / 2)}}
             for dtype in dense
         ]  # fmt: skip
-        text = json.dumps({"dense": dense, "cells": cells})
+        head = {"dense": dense, "threads": 1, "shape": [2048, 2048]}
+        text = json.dumps({**head, "cells": cells})
         (tmp_path / f"cpu-{name}.json").write_text(text)
     monkeypatch.setattr(cpu_table, "FOLDER", tmp_path)
     cpu_table._tables.cache_clear()
     yield
     cpu_table._tables.cache_clear()
+    cpu_table.speedup.cache_clear()
 
 
 @pytest.mark.usefixtures("_two_tables")
 def test_a_table_holds_for_processors_whose_dense_products_run_on_the_same(on):
     on(EPYC)
-    assert cpu_table.speedup("native", 1, 0.5, torch.float32, (64, 64)) == 4.0
-    assert cpu_table.speedup("native", 1, 0.5, torch.bfloat16, (64, 64)) == 4.0
+    assert cpu_table.speedup("native", work(torch.float32, 1)) == 4.0
+    assert cpu_table.speedup("native", work(torch.bfloat16, 1)) == 4.0
     on(SAPPHIRE_RAPIDS, "amx")
-    assert cpu_table.speedup("native", 1, 0.5, torch.float32, (64, 64)) == 0.5
-    assert cpu_table.speedup("native", 1, 0.5, torch.float16, (64, 64)) == 0.5
+    assert cpu_table.speedup("native", work(torch.float32, 1)) == 0.5
+    assert cpu_table.speedup("native", work(torch.float16, 1)) == 0.5
     for dtype in (torch.float32, torch.bfloat16):
         assert dispatch.choose_backend(work(dtype, 1)).backend == "densify"
 
@@ -157,4 +164,4 @@ def test_a_table_holds_for_processors_whose_dense_products_run_on_the_same(on):
 @pytest.mark.usefixtures("_two_tables")
 def test_without_a_table_the_lowest_figure_holds(on):
     on(CASCADE_LAKE)
-    assert cpu_table.speedup("native", 1, 0.5, torch.bfloat16, (64, 64)) == 0.5
+    assert cpu_table.speedup("native", work(torch.bfloat16, 1)) == 0.5
