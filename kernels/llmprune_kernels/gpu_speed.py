@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
+
+import torch
 
 from llmprune_kernels import tiles
 from llmprune_kernels.tiles import Device, Kind, Problem
+from llmprune_kernels.work import Work
 
 # Up to this many rows the bytes of the stored blocks decide; without a table decode serves them.
 DECODE_ROWS = 16
@@ -28,27 +32,47 @@ OPERATIONS_PER_BYTE = 184
 
 @dataclass(frozen=True)
 class Estimate:
-    """A kernel, its speed over the dense product's, and whether a measurement says so."""
+    """A kernel, its speed over the dense product's, and the GPU where that was measured, or ""."""
 
-    kind: Kind
+    kernel: Kind
     speedup: float
-    measured: bool
+    measured_on: str = ""
+
+
+def this_device() -> Device:
+    """The GPU in use; without one a stand-in, so that a choice can be asked for anywhere."""
+    if not torch.cuda.is_available():
+        return Device("none", "sm_90", 132)
+    return tiles.device_of(torch.device("cuda", torch.cuda.current_device()))
+
+
+def problem_of(work: Work) -> Problem:
+    """A product as tables know it; tokens are rounded up, so that few answers are looked up."""
+    return Problem(
+        tokens=1 << max(0, work.num_rows - 1).bit_length(),
+        out_features=work.out_features,
+        in_features=work.in_features,
+        density=round(work.density, 2) or work.density,
+        block=work.block,
+        dtype=work.dtype,
+    )
 
 
 @cache
 def estimate(problem: Problem, device: Device) -> Estimate:
     """The fastest kernel for y = x W^T."""
-    measured = [
-        Estimate(kind, speedup, measured=True)
-        for kind in forward_kinds(problem, device)
-        if (speedup := measured_speedup(kind, problem, device)) is not None
-    ]
-    if measured:
-        return max(measured, key=lambda one: one.speedup)
+    for table in tiles.tables(device):
+        measured = [
+            Estimate(kind, speedup, table["device"])
+            for kind in forward_kinds(problem, device)
+            if (speedup := measured_speedup(table, kind, problem, device)) is not None
+        ]
+        if measured:
+            return max(measured, key=lambda one: one.speedup)
     if problem.tokens <= DECODE_ROWS:
-        return Estimate("decode", DECODE_EFFICIENCY / problem.density, measured=False)
+        return Estimate("decode", DECODE_EFFICIENCY / problem.density)
     speedup = PREFILL_BREAK_EVEN[problem.block[0]] / problem.density
-    return Estimate("matmul", speedup, measured=False)
+    return Estimate("matmul", speedup)
 
 
 def forward_kinds(problem: Problem, device: Device) -> list[Kind]:
@@ -63,24 +87,25 @@ def forward_kinds(problem: Problem, device: Device) -> list[Kind]:
     return found
 
 
-def measured_speedup(kind: Kind, problem: Problem, device: Device) -> float | None:
+def measured_speedup(
+    table: dict[str, Any], kind: Kind, problem: Problem, device: Device
+) -> float | None:
     """Dense time over a kind's, from the nearest measured entry of the same block; None without.
 
     Time is taken to grow with the density, so that a problem denser than its entry is not praised.
     """
-    for table in tiles.tables(device):
-        if not table.get("measured"):
-            continue
-        near = [
-            entry
-            for entry in tiles.fitting_entries(table, kind, problem, device.arch)
-            if "dense_us" in entry
-            and max(problem.tokens, entry["tokens"]) <= REACH * min(problem.tokens, entry["tokens"])
-        ]
-        if near:
-            entry = min(near, key=lambda one: tiles.distance(one, problem))
-            return entry["dense_us"] / entry["us"] * entry["density"] / problem.density
-    return None
+    if not table.get("measured"):
+        return None
+    near = [
+        entry
+        for entry in tiles.fitting_entries(table, kind, problem, device.arch)
+        if "dense_us" in entry
+        and max(problem.tokens, entry["tokens"]) <= REACH * min(problem.tokens, entry["tokens"])
+    ]
+    if not near:
+        return None
+    entry = min(near, key=lambda one: tiles.distance(one, problem))
+    return entry["dense_us"] / entry["us"] * entry["density"] / problem.density
 
 
 def densify_speedup(problem: Problem) -> float:

@@ -25,15 +25,10 @@ from llmprune_kernels.walk import (
     program_tile,
     row_blocks,
     row_tile_offsets,
+    silu_times,
     upright,
     zero_sums,
 )
-
-
-@triton.jit
-def silu_times(gate, up):
-    """silu(gate) * up."""
-    return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit

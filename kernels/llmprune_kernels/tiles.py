@@ -4,8 +4,8 @@ A table is a JSON file `{"device", "measured", "note", "tiles": [entry, ...]}`. 
 "kind", "dtype" ("half" or "float"), "tile", and any of "arch" (a list), "block" ([rows, columns],
 null = any) and the numbers "tokens", "out_features", "in_features", "density". Of the entries that
 fit, the one nearest in those numbers (sum of |log2| of the ratios) is taken. The user's table of
-the device is asked first, then the shipped one of the device, then the shipped default, which
-nobody measured.
+the device is asked first, then the shipped one of the device, then those of other devices of its
+architecture, then the shipped default, which nobody measured.
 """
 
 from __future__ import annotations
@@ -169,8 +169,12 @@ def choose_tile(kind: Kind, device: Device, problem: Problem) -> Tile:
 
 def tables(device: Device) -> list[dict[str, Any]]:
     """The tables to ask, in order; a file that is not there is passed over."""
-    paths = (user_table(device), SHIPPED / f"tiles-{device.slug}.json", SHIPPED / "default.json")
-    return [read_table(path) for path in paths if path.exists()]
+    own = SHIPPED / f"tiles-{device.slug}.json"
+    found = [read_table(path) for path in (user_table(device), own) if path.exists()]
+    others = [read_table(path) for path in sorted(SHIPPED.glob("tiles-*.json")) if path != own]
+    found += [table for table in others if table.get("arch") == device.arch]
+    default = SHIPPED / "default.json"
+    return [*found, read_table(default)] if default.exists() else found
 
 
 def user_table(device: Device) -> Path:

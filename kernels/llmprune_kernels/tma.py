@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmprune_kernels import operands, tiles
@@ -24,6 +25,7 @@ from llmprune_kernels.walk import (
     lane_blocks,
     load_places,
     program_tile,
+    silu_times,
     upright,
     zero_sums,
 )
@@ -39,6 +41,7 @@ def tma_kernel(
     row_ptr,
     col_ptr,
     bias_ptr,
+    gate_ptr,
     y_ptr,
     num_tokens,
     block_rows,
@@ -50,6 +53,7 @@ def tma_kernel(
     GROUP: tl.constexpr,
     SWAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -85,9 +89,11 @@ def tma_kernel(
     features = row * BN + tl.arange(0, BN)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + features).to(tl.float32)[None, :]
-    y_rows = y_ptr + tl.cast(tokens, tl.int64)[:, None] * (block_rows * BN)
+    at = tl.cast(tokens, tl.int64)[:, None] * (block_rows * BN) + features[None, :]
     mask = (tokens < num_tokens)[:, None]
-    tl.store(y_rows + features[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    if HAS_GATE:
+        acc = silu_times(tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32), acc)
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def linear(
@@ -96,25 +102,38 @@ def linear(
     index: BlockIndex,
     bias: Tensor | None = None,
     *,
+    gate: Tensor | None = None,
     config: Tile | None = None,
 ) -> Tensor:
     """y = x W^T + bias, as `matmul.linear`, on a GPU that has the bulk copy engine.
 
+    Args:
+        x: As for `matmul.linear`, like `values`, `index`, `bias` and `config`.
+        values: The blocks.
+        index: Which blocks.
+        bias: Shape (out_features,).
+        gate: The shape and dtype of y, contiguous; the result is silu(gate) * y, y in float32.
+        config: The tile.
+
     Raises:
         ValueError: As `matmul.linear`; or the GPU is older than sm_90, a base or row stride is not
-            a multiple of 16 bytes, or the blocks hold 2^31 rows or more.
+            a multiple of 16 bytes, the blocks hold 2^31 rows or more, or the gate is not like y.
     """
     block = operands.check_values(values, index)
     x = operands.token_rows(x, index.block_columns * block[1], values)
     out_features = index.block_rows * block[0]
     operands.check_bias(bias, out_features, values)
     y = x.new_empty(x.shape[0], out_features)
+    if gate is not None and (gate.shape != y.shape or not gate.is_contiguous()):
+        raise ValueError(f"gate must be contiguous, of shape {tuple(y.shape)}, got {gate.shape}")
     if y.numel() == 0:
         return y
     if index.num_blocks == 0:
         # a descriptor of nothing is not allowed
-        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-    check_descriptors(x, values)
+        y = y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+        return y if gate is None else functional.silu(gate) * y
+    if reason := obstacle(x, values):
+        raise ValueError(f"{reason}: use matmul")
     tile = config or tiles.choose_for("tma", values, index, x.shape[0])
     step = min(tile.step, block[1])
     x_tensor = TensorDescriptor.from_tensor(x, [tile.block_m, step])
@@ -122,36 +141,38 @@ def linear(
     grid = (triton.cdiv(x.shape[0], tile.block_m) * index.block_rows,)
     with torch.cuda.device_of(x):
         tma_kernel[grid](
-            x_tensor, values_tensor, index.row_ptr, index.col, x if bias is None else bias, y,
+            x_tensor, values_tensor, index.row_ptr, index.col,
+            x if bias is None else bias, x if gate is None else gate, y,
             x.shape[0], index.block_rows,
             **constants(tile, block, x.dtype, paired=is_paired(tile, block, index)),
-            HAS_BIAS=bias is not None, **tile.options(),
+            HAS_BIAS=bias is not None, HAS_GATE=gate is not None, **tile.options(),
         )  # fmt: skip
     return y
 
 
-def check_descriptors(x: Tensor, values: Tensor) -> None:
-    """Refuse operands that the copy engine can't address.
+def obstacle(x: Tensor, values: Tensor) -> str:
+    """Why the copy engine can't address the operands, "" if it can.
 
-    Raises:
-        ValueError: See `linear`.
+    Args:
+        x: Shape (M, in_features).
+        values: Shape (num_blocks, rows, columns).
     """
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
-        raise ValueError(
-            f"tma needs a GPU of sm_90 or later, got {torch.cuda.get_device_name(x.device)}: "
-            "use matmul"
-        )
+        return f"tma needs a GPU of sm_90 or later, got {torch.cuda.get_device_name(x.device)}"
     for name, tensor in (("x", x), ("values", values)):
         if tensor.data_ptr() % ALIGNMENT_BYTES:
-            raise ValueError(f"tma needs {name} to begin at a multiple of 16 bytes: use matmul")
-    if x.stride(0) * x.element_size() % ALIGNMENT_BYTES or x.stride(0) < 1:
-        raise ValueError(
+            return f"tma needs {name} to begin at a multiple of 16 bytes"
+    # an x whose last stride is not 1 is copied, and then lies close
+    stride = x.stride(0) if x.stride(1) == 1 else x.shape[1]
+    if stride * x.element_size() % ALIGNMENT_BYTES or stride < 1:
+        return (
             "tma needs x's row stride to be a positive multiple of 16 bytes, got "
-            f"{x.stride(0)} elements of {x.element_size()} bytes: use matmul"
+            f"{stride} elements of {x.element_size()} bytes"
         )
     lines = values.shape[0] * values.shape[1]
     if lines >= 1 << 31:
-        raise ValueError(f"tma counts block rows in 32 bits, got {lines}: use matmul")
+        return f"tma counts block rows in 32 bits, got {lines}"
+    return ""
 
 
 def is_paired(tile: Tile, block: tuple[int, int], index: BlockIndex) -> bool:

@@ -143,3 +143,9 @@ def multiply(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def silu_times(gate, up):
+    """silu(gate) * up."""
+    return gate / (1.0 + tl.exp(-gate)) * up

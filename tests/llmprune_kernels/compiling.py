@@ -142,7 +142,8 @@ def launches(
         constants = matmul.constants(tile, block, dtype, ragged=merged) | {"HAS_BIAS": True}
         return [("matmul", matmul.linear_kernel, constants, {})]
     if kind == "tma":
-        constants = tma.constants(tile, block, dtype, paired=merged) | {"HAS_BIAS": True}
+        constants = tma.constants(tile, block, dtype, paired=merged)
+        constants |= {"HAS_BIAS": True, "HAS_GATE": True}
         box = f"{NAMES[dtype]}[{{}},{constants['STEP']}]"
         types = {
             "x_tensor": f"tensordesc<{box.format(tile.block_m)}>",
