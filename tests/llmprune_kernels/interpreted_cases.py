@@ -201,6 +201,18 @@ def no_tokens(kernel: str) -> None:
         assert launch(x, values, index).shape == (0, 48)
 
 
+def bulk_copies_gate(dtype: str, pattern: str) -> None:
+    """silu(gate) * y in the epilogue, with a bias, for rows that are paired and rows that aren't."""
+    from llmprune_kernels import tma
+
+    index, kind = BlockIndex.from_mask(mask_of(pattern)), DTYPES[dtype]
+    values, x = stored(index, (32, 16), kind), guarded(33, 80, kind)
+    bias, gate = torch.randn(96).to(kind), torch.randn(33, 96).to(kind)
+    got = tma.linear(x, values, index, bias, gate=gate, config=tile_of(kind))
+    wanted = functional.silu(gate.double()) * reference.exact(x, values, index, bias)
+    holds(got, wanted, dtype, 80)
+
+
 def repeats(tokens: int) -> None:
     """Twenty runs, the same bits; also when rows are split into many items."""
     from llmprune_kernels import decode
@@ -343,6 +355,8 @@ def _cases() -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None
         fast[f"swiglu-{label}"] = partial(swiglu, (64, 32), dtype, 5, tied=False, **cut)
     for name, dtype in itertools.product(("matmul", "tma"), DTYPES):
         fast[f"{name}-swapped-{dtype}"] = partial(linear, name, (32, 16), dtype, 33, swap=True)
+    for dtype, pattern in itertools.product(DTYPES, ("balanced", "unequal", "empty")):
+        fast[f"tma-gated-{pattern}-{dtype}"] = partial(bulk_copies_gate, dtype, pattern)
     for tied in (False, True):
         label = "tied" if tied else "separate"
         fast[f"swiglu-swapped {label}"] = partial(
