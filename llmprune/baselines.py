@@ -51,18 +51,23 @@ def magnitude_scores(
     model: PreTrainedModel, unit_map: UnitMap, kinds: Collection[UnitKind]
 ) -> dict[str, Tensor]:
     """Root of the summed squares of every weight that goes with a unit, float64."""
-    squares = {n: p.detach().double().square().cpu() for n, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+
+    def square(name: str) -> Tensor:
+        # where the weights are: they are many, the sums few
+        return parameters[name].detach().double().square()
+
     scores = {}
     for group in unit_map.groups.values():
         if group.kind not in kinds:
             continue
         total = torch.zeros(group.num_units, dtype=torch.float64)
         for unit, names in enumerate(group.whole):
-            total[unit] = sum(float(squares[name].sum()) for name in names)
+            total[unit] = sum(float(square(name).sum()) for name in names)
         for piece in group.slices:
-            square = squares[piece.parameter]
-            others = [dim for dim in range(square.dim()) if dim != piece.dim]
-            line = square.sum(others) if others else square
+            values = square(piece.parameter)
+            others = [dim for dim in range(values.dim()) if dim != piece.dim]
+            line = (values.sum(others) if others else values).cpu()
             end = piece.offset + group.num_units * piece.width
             total += line[piece.offset : end].reshape(group.num_units, piece.width).sum(1)
         scores[group.name] = total.sqrt()

@@ -113,9 +113,13 @@ def make_block_sparse(
 
 
 def keep_faster(model: nn.Module) -> None:
-    """Keep dense copies in layers that blocks would slow down, for one token and for many."""
+    """Keep dense copies in layers that blocks would slow down, for one token and for many.
+
+    Moving a model to another kind of device drops them, so call this again there.
+    """
     for layer in block_sparse_layers(model).values():
-        if all(layer.choice(rows).backend == "densify" for rows in TYPICAL_ROWS):
+        choices = [layer.choice(rows) for rows in TYPICAL_ROWS]
+        if all(choice.speedup is not None and choice.speedup < 1.0 for choice in choices):
             layer.keep_dense()
 
 

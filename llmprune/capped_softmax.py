@@ -64,8 +64,11 @@ def fill(values: Tensor, budget: float, costs: Tensor | None = None) -> Tensor:
     prices = costs.tolist()
     # sums of costs carry rounding errors, which must not cost a unit
     left = budget * (1 + 1e-9)
+    paid = []
     for unit in order.tolist():
         if prices[unit] <= left:
             left -= prices[unit]
-            chosen[unit] = True
+            paid.append(unit)
+    # at once: on a GPU each write to a tensor is a launch
+    chosen[torch.tensor(paid, dtype=torch.int64, device=chosen.device)] = True
     return chosen

@@ -47,6 +47,10 @@ class UnitMeans:
         tensors = {f"{layer}.{branch}": mean for (layer, branch), mean in self.read.items()}
         save_tensors(tensors, file, {"of": "mean activations"})
 
+    def to(self, device: torch.device) -> UnitMeans:
+        """The same on a device."""
+        return UnitMeans({place: mean.to(device) for place, mean in self.read.items()})
+
     @staticmethod
     def load(file: Path) -> UnitMeans:
         """Read what `save` wrote.

@@ -130,7 +130,8 @@ def attach_gates(
     """
     kinds = tuple(kinds)
     names = [group.name for group in unit_map.groups.values() if group.kind in kinds]
-    gates = Gates(unit_map, names, means)
+    # moved here once, not in every forward pass
+    gates = Gates(unit_map, names, None if means is None else means.to(model.device))
     architecture = unit_map.architecture
     for index in range(unit_map.num_layers):
         for branch in ("attention", "mlp"):
@@ -179,8 +180,8 @@ def _gate_read(gates: Gates, index: int, branch: Branch) -> Callable[..., Any]:
             return None
         value = args[0] * gate.to(args[0])
         if gates.means is not None:
-            mean = gates.means.read[index, branch].to(gate.device)
-            value = value + ((1 - gate.double()) * mean).to(value)
+            mean = gates.means.read[index, branch]
+            value = value + ((1 - gate.double()).to(mean) * mean).to(value)
         return (value, *args[1:])
 
     return hook

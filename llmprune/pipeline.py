@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmprune.architectures import architecture_of
 from llmprune.block_pruning import prune_blocks
+from llmprune.block_sparse import keep_faster
 from llmprune.card import run_card
 from llmprune.checkpoint import load_pruned
 from llmprune.files import save_text
@@ -96,6 +97,7 @@ def _run(recipe: Recipe, folder: RunFolder, watch: Watch) -> Pruned | None:
     watch.on_progress("verify", 1, 1)
     sparse = recipe.prune.weight_blocks is not None
     pruned = load_pruned(folder.path, block_sparse=sparse).to(watch.accelerator.device)
+    keep_faster(pruned)
     dense = load_dense(recipe.model) if recipe.gates.train != "gates" else dense
     dense.model.to(watch.accelerator.device)
     report = _evaluate(recipe, folder, dense, pruned, promise, watch)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +76,9 @@ PARTS = {
 }
 
 
-def recipe_of(block: str, arguments: argparse.Namespace) -> Recipe:
-    """The suite's recipe, on local files where they are given."""
-    overrides = []
+def recipe_of(block: str, arguments: argparse.Namespace, changes: Sequence[str] = ()) -> Recipe:
+    """The suite's recipe with changes, on local files where they are given."""
+    overrides = [*changes]
     if arguments.model:
         overrides += [f"model.source={arguments.model}"]
     if arguments.data:

@@ -121,7 +121,7 @@ def compare(
         without = {"reconstruction": None}
         blocks = {name: recipe.model_copy(update=without) for name, recipe in blocks.items()}
     store = StoredResults(out / "results")
-    variants = {name: {m: _variant(recipe, m) for m in names} for name, recipe in blocks.items()}
+    variants = {name: {m: variant_of(recipe, m) for m in names} for name, recipe in blocks.items()}
     bench = None if report_only else Workbench(out, store, on_progress)
     if bench is not None:
         own = [one for found in variants.values() for one in found.values()]
@@ -130,12 +130,12 @@ def compare(
     for name, recipe in blocks.items():
         on_progress(f"block {name}", len(tables), len(blocks))
         fetch = _fetcher(recipe, variants[name], store, bench, name)
-        tables.append(_table(name, recipe, names, extent, fetch))
+        tables.append(table_of(name, recipe, names, extent, fetch))
         _write(Comparison(tuple(tables), command), out)
     return Comparison(tuple(tables), command)
 
 
-def _variant(recipe: Recipe, method: str) -> Recipe | Result:
+def variant_of(recipe: Recipe, method: str) -> Recipe | Result:
     """The recipe with a method in it, or why a recipe can't have both."""
     try:
         return variant(recipe, method)
@@ -206,7 +206,7 @@ def _fetcher(
     return fetch
 
 
-def _table(
+def table_of(
     name: str, recipe: Recipe, methods: Sequence[str], extent: Extent, fetch: Fetch
 ) -> BlockTable:
     """Walk through a block stage by stage, so that each stage's best go on to the next."""

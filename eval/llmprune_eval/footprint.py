@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from llmprune.block_sparse import keep_faster
 from llmprune.checkpoint import has_blocks, load_pruned, save_pruned
 from llmprune.downloads import weight_files
 from llmprune.errors import InputError
@@ -51,7 +52,9 @@ class Contender:
             return load_dense(source).model.to(device)
         dtype = getattr(torch, source.dtype)
         model = load_pruned(resolved.folder, dtype=dtype, block_sparse=self.block_sparse)
-        return model.to(device)
+        model.to(device)
+        keep_faster(model)
+        return model
 
     def weight_bytes(self) -> int:
         """Bytes of its weight files."""

@@ -131,6 +131,10 @@ class StoredResults:
 
     def asked(self, request: str) -> Result | None:
         """The newest result that was computed for a request."""
+        return self.all_asked().get(request)
+
+    def all_asked(self) -> dict[str, Result]:
+        """Request -> the newest result that was computed for it."""
         if self._asked is None:
             files = [self._read(file) for file in sorted(self.folder.glob("*.json"))]
             files.sort(key=lambda data: str(data["result"]["environment"].get("date", "")))
@@ -139,7 +143,7 @@ class StoredResults:
                 for data in files
                 for name in data["requests"]
             }
-        return self._asked.get(request)
+        return self._asked
 
     def _read(self, file: Path) -> dict[str, Any]:
         try:

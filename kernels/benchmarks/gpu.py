@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from gpu_cases import block_problems, correctness_cases, timed_cases
 
+from llmprune_kernels.precompile import workers
 from llmprune_kernels.triton_runtime import has_triton
 
 RESULTS = Path(__file__).with_name("results")
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     from gpu_run import Run, run_all
 
     place = torch.device("cuda", torch.cuda.current_device())
-    return run_all(Run(options.budget_s, options.results, place))
+    return run_all(Run(options.budget_s, options.results, place, options.processes))
 
 
 def listing() -> list[str]:
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget-s", type=float, default=480.0, help="seconds, default 480")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the two files")
+    parser.add_argument("--processes", type=int, default=workers(), help="that check and compile")
     parser.add_argument("--list", action="store_true", help="say what would run, and end")
     return parser
 

@@ -15,21 +15,22 @@ import triton
 from gpu_cases import Case, block_problems, correctness_cases, pattern_mask, timed_cases
 from gpu_report import Report, Row
 
-from llmprune_kernels import tiles
+from llmprune_kernels import precompile, tiles
 from llmprune_kernels.tiles import Kind, Problem
 from llmprune_kernels.timing import Graph, Launch, interleaved
 from llmprune_kernels.trials import Trial
 
-# architectures with the bulk copy engine
-NEWER = ("sm_90", "sm_100", "sm_103", "sm_120")
 REPETITIONS = 20
 
 
 class Run:
     """One run's place, deadline and report."""
 
-    def __init__(self, budget_s: float, folder: Path, place: torch.device) -> None:
+    def __init__(
+        self, budget_s: float, folder: Path, place: torch.device, processes: int = 1
+    ) -> None:
         self.place = place
+        self.processes = processes
         self.device = tiles.device_of(self.place)
         self.deadline = time.monotonic() + budget_s
         self.folder = folder
@@ -42,7 +43,7 @@ class Run:
 
     def runs(self, kind: Kind) -> bool:
         """Whether the device has what a kind of kernel needs."""
-        return kind != "tma" or self.device.arch in NEWER
+        return kind != "tma" or self.device.arch in tiles.BULK_COPY_ARCHS
 
     def has_time(self, what: str) -> bool:
         """Whether there is time for it; if not, the report says so."""
@@ -68,6 +69,7 @@ def run_all(run: Run) -> int:
         print(run.report.write(run.folder)[1])
         return 1
     run.report.ceilings = ceilings(run.place)
+    compile_timed(run)
     compare_blocks(run)
     compare_decode(run)
     for case in timed_cases():
@@ -79,19 +81,44 @@ def run_all(run: Run) -> int:
 
 def check_all(run: Run) -> None:
     """Every correctness case, and that decode gives the same bits again and again."""
-    for problem, pattern, kinds in correctness_cases():
-        rows, columns = problem.block
-        mask = pattern_mask(pattern, problem.out_features // rows, problem.in_features // columns)
-        trial = Trial.of(problem, run.place, keep_mask=mask, copies=2)
-        for kind in filter(run.runs, kinds):
-            launch = trial.launch(kind, None)
-            got = launch()
-            wrong = trial.error(kind, got, trial.wanted(kind))
-            if not wrong and kind == "decode":
-                same = all(torch.equal(launch(), got) for _ in range(REPETITIONS))
-                wrong = "" if same else f"decode: not the same bits in {REPETITIONS} runs"
-            case = f"{kind}, {pattern}, {problem}"
-            run.report.checks.append({"case": case, "problem": wrong})
+    cases = [
+        (kind, pattern, problem, run.place)
+        for problem, pattern, kinds in correctness_cases()
+        for kind in filter(run.runs, kinds)
+    ]
+    for (kind, pattern, problem, _), wrong in zip(
+        cases, precompile.in_processes(check, cases, run.processes), strict=True
+    ):
+        case = f"{kind}, {pattern}, {problem}"
+        run.report.checks.append({"case": case, "problem": wrong})
+
+
+def check(case: tuple[Kind, str, Problem, torch.device]) -> str:
+    """What is wrong with a kind of kernel on one problem and pattern, "" if nothing."""
+    kind, pattern, problem, place = case
+    rows, columns = problem.block
+    mask = pattern_mask(pattern, problem.out_features // rows, problem.in_features // columns)
+    trial = Trial.of(problem, place, keep_mask=mask, copies=2)
+    launch = trial.launch(kind, None)
+    try:
+        got = launch()
+        wrong = trial.error(kind, got, trial.wanted(kind))
+    except Exception as error:  # whatever a launch raises is a failed check
+        return f"{kind}: {type(error).__name__}: {error}"[:300]
+    if not wrong and kind == "decode":
+        same = all(torch.equal(launch(), got) for _ in range(REPETITIONS))
+        wrong = "" if same else f"decode: not the same bits in {REPETITIONS} runs"
+    return wrong
+
+
+def compile_timed(run: Run) -> None:
+    """Compile what will be timed in several processes, where there are several."""
+    if run.processes > 1:
+        jobs = [(kind, case.problem, None) for case in timed_cases() for kind in case.kinds]
+        jobs += [
+            (kind, problem, None) for problem in block_problems() for kind in ("matmul", "tma")
+        ]
+        precompile.compile_ahead([job for job in jobs if run.runs(job[0])], run.processes)
 
 
 def ceilings(place: torch.device) -> dict[str, float]:
@@ -164,6 +191,7 @@ def time_case(run: Run, case: Case) -> None:
     if case.section in ("decode", "prefill"):
         launches["shrunk"] = gpu_competitors.shrunk_launches(trial)
         launches["densify + dense"] = gpu_competitors.densify_launches(trial)
+    if case.with_torch:
         try:
             launches["torch.sparse"] = [*gpu_competitors.torch_bsr_tuned(trial)]
         except ValueError as error:

@@ -14,12 +14,14 @@ from llmprune_kernels import matmul
 from llmprune_kernels.bsr import BlockIndex
 from llmprune_kernels.tiles import Tile
 from llmprune_kernels.walk import (
+    add_product,
     lane_blocks,
     lane_offsets,
     load_places,
-    multiply,
     program_tile,
     row_tile_offsets,
+    upright,
+    zero_sums,
 )
 
 
@@ -39,6 +41,7 @@ def in_loop_kernel(
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
     RAGGED: tl.constexpr,
+    SWAP: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -51,11 +54,11 @@ def in_loop_kernel(
     first = tl.load(row_ptr + row)
     count = tl.load(row_ptr + row + 1) - first
     row_values = values_ptr + tl.cast(first, tl.int64) * (BN * BK)
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc = zero_sums(BM, BN, SWAP)
     for step in range(0, tl.cdiv(count * BK, STEP)):
         columns = load_places(col_ptr + first, step, STEP, BK)
         x_at = x_rows + lane_offsets(columns, step, STEP, BK)[None, :]
-        w_at = row_values + row_tile_offsets(step, STEP, BN, BK)
+        w_at = row_values + row_tile_offsets(step, STEP, BN, BN, BK)
         if RAGGED:
             stored = (lane_blocks(step, STEP, BK) < count)[None, :]
             x = tl.load(x_at, mask=is_token & stored, other=0.0)
@@ -63,7 +66,8 @@ def in_loop_kernel(
         else:
             x = tl.load(x_at, mask=is_token, other=0.0)
             w = tl.load(w_at)
-        acc = multiply(x, tl.trans(w), acc, UPCAST, PRECISION)
+        acc = add_product(x, w, acc, SWAP, UPCAST, PRECISION)
+    acc = upright(acc, SWAP)
     features = row * BN + tl.arange(0, BN)
     y_rows = y_ptr + tl.cast(tokens, tl.int64)[:, None] * (block_rows * BN)
     tl.store(y_rows + features[None, :], acc.to(y_ptr.dtype.element_ty), mask=is_token)

@@ -1,11 +1,13 @@
 """y = x W^T + bias for few tokens: the decode kernel, bound by the bytes of the stored blocks.
 
-A block row is split into items of SPLIT blocks, so that there are several programs for every
-processor of the GPU. Each item writes float32 partial sums and a second kernel adds them in a
-fixed order: the same bits every time, no atomics. A row of one item is written at once.
+Work is cut in two ways, so that there are several programs for every processor of the GPU. A
+program takes ROWS of a block's rows, which costs another read of x from L2 and nothing else. And a
+block row may be split into items of `split` blocks: each item writes float32 partial sums and a
+second kernel adds them in a fixed order. The same bits every time, no atomics; a row of one item is
+written at once, in one launch.
 
-The weight tile is the left operand: its rows fill the tensor core's 64 rows, and the tokens are
-its 8 to 64 columns. A tile of `block_m` 1 multiplies without tensor cores, for one token.
+The weight tile is the left operand: its rows are the tensor core's 16 or 64 rows, and the tokens
+are its 8 to 64 columns. A tile of `block_m` 1 multiplies without tensor cores, for one token.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from llmprune_kernels import operands, tiles
 from llmprune_kernels.bsr import BlockIndex
 from llmprune_kernels.matmul import is_ragged
 from llmprune_kernels.tiles import Tile
-from llmprune_kernels.walk import lane_blocks, lane_offsets, load_places, multiply, row_tile_offsets
+from llmprune_kernels.walk import (
+    lane_blocks,
+    lane_offsets,
+    load_places,
+    multiply,
+    row_blocks,
+    row_tile_offsets,
+)
 
 MAX_TOKENS = tiles.MAX_DECODE_TOKENS
 # The reduction holds all partial sums of a row's feature at once.
@@ -35,27 +44,32 @@ def item_product(
     col_ptr,
     first,
     count,
+    part,
     num_tokens,
     x_stride,
     MP: tl.constexpr,
+    ROWS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     STEP: tl.constexpr,
+    STAGES: tl.constexpr,
     RAGGED: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`count` blocks from block `first` on times the tokens: float32, (BN, MP)."""
+    """Part `part` of `count` blocks from block `first` on times the tokens: float32, (ROWS, MP)."""
     tokens = tl.arange(0, MP)
     is_token = (tokens < num_tokens)[:, None]
     x_rows = x_ptr + tl.cast(tokens, tl.int64)[:, None] * x_stride
-    item_values = values_ptr + tl.cast(first, tl.int64) * (BN * BK)
+    item_values = values_ptr + tl.cast(first, tl.int64) * (BN * BK) + part * (ROWS * BK)
     item_col = col_ptr + first
     columns = load_places(item_col, 0, STEP, BK)
-    acc = tl.zeros((BN, STEP if MP == 1 else MP), dtype=tl.float32)
-    for step in range(0, tl.cdiv(count * BK, STEP)):
+    acc = tl.zeros((ROWS, STEP if MP == 1 else MP), dtype=tl.float32)
+    # A loop without a dot has its depth from here. With one, the depth named here would make the
+    # loads of columns copies that are waited for, and everything that was fetched ahead with them.
+    for step in tl.range(0, tl.cdiv(count * BK, STEP), num_stages=STAGES if MP == 1 else None):
         x_at = x_rows + lane_offsets(columns, step, STEP, BK)[None, :]
-        w_at = item_values + row_tile_offsets(step, STEP, BN, BK)
+        w_at = item_values + row_tile_offsets(step, STEP, ROWS, BN, BK)
         if RAGGED:
             stored = (lane_blocks(step, STEP, BK) < count)[None, :]
             x = tl.load(x_at, mask=is_token & stored, other=0.0)
@@ -73,7 +87,7 @@ def item_product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split", "per_row"])
 def item_kernel(
     x_ptr,
     values_ptr,
@@ -84,30 +98,34 @@ def item_kernel(
     num_tokens,
     block_rows,
     x_stride,
+    split,
+    per_row,
     MP: tl.constexpr,
+    ROWS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     STEP: tl.constexpr,
-    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
     RAGGED: tl.constexpr,
     PARTIAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One item of one block row, to `out_ptr`: y, or (items, M, out_features) if PARTIAL."""
-    row = tl.program_id(0)
+    """One part of one item of a block row, to `out_ptr`: y, or (items, M, out_features)."""
+    row = tl.program_id(0) // (BN // ROWS)
+    part = tl.program_id(0) % (BN // ROWS)
     item = tl.program_id(1)
-    begin = item * SPLIT
-    row_first = tl.load(row_ptr + row)
-    row_count = tl.load(row_ptr + row + 1) - row_first
+    begin = item * split
+    row_first, row_count = row_blocks(row_ptr, row, per_row, EVEN)
     if (item > 0) & (begin >= row_count):
         return
     acc = item_product(
-        x_ptr, values_ptr, col_ptr, row_first + begin, tl.minimum(row_count - begin, SPLIT),
-        num_tokens, x_stride, MP, BN, BK, STEP, RAGGED, UPCAST, PRECISION,
+        x_ptr, values_ptr, col_ptr, row_first + begin, tl.minimum(row_count - begin, split),
+        part, num_tokens, x_stride, MP, ROWS, BN, BK, STEP, STAGES, RAGGED, UPCAST, PRECISION,
     )  # fmt: skip
-    features = row * BN + tl.arange(0, BN)
+    features = row * BN + part * ROWS + tl.arange(0, ROWS)
     if HAS_BIAS and not PARTIAL:
         acc += tl.load(bias_ptr + features).to(tl.float32)[:, None]
     tokens = tl.arange(0, MP)
@@ -124,21 +142,21 @@ def item_sum(
     token,
     num_tokens,
     block_rows,
+    split,
     BN: tl.constexpr,
-    SPLIT: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
     """One token's features of a block row, summed over the row's items: float32, (BN,)."""
     count = tl.load(row_ptr + row + 1) - tl.load(row_ptr + row)
     items = tl.arange(0, ITEMS)
     # a row without blocks still has its first item, of zeros
-    written = (items == 0) | (items * SPLIT < count)
+    written = (items == 0) | (items * split < count)
     rows = tl.cast(items * num_tokens + token, tl.int64)[:, None] * (block_rows * BN)
     features = (row * BN + tl.arange(0, BN))[None, :]
     return tl.sum(tl.load(partial_ptr + rows + features, mask=written[:, None], other=0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split"])
 def reduce_kernel(
     partial_ptr,
     row_ptr,
@@ -146,15 +164,15 @@ def reduce_kernel(
     y_ptr,
     num_tokens,
     block_rows,
+    split,
     BN: tl.constexpr,
-    SPLIT: tl.constexpr,
     ITEMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     """The sum of a row's items for one token, and the bias."""
     row = tl.program_id(0)
     token = tl.program_id(1)
-    total = item_sum(partial_ptr, row_ptr, row, token, num_tokens, block_rows, BN, SPLIT, ITEMS)
+    total = item_sum(partial_ptr, row_ptr, row, token, num_tokens, block_rows, split, BN, ITEMS)
     features = row * BN + tl.arange(0, BN)
     if HAS_BIAS:
         total += tl.load(bias_ptr + features).to(tl.float32)
@@ -196,19 +214,19 @@ def linear(
     check_tokens(tile, num_tokens)
     split, items = split_rows(tile, block, index.max_per_row)
     out = y if items == 1 else x.new_empty(items, num_tokens, out_features, dtype=torch.float32)
-    shared = {"HAS_BIAS": bias is not None, "BN": block[0], "SPLIT": split}
+    shared = {"HAS_BIAS": bias is not None, "BN": block[0]}
     given_bias = x if bias is None else bias
     with torch.cuda.device_of(x):
-        item_kernel[(index.block_rows, items)](
+        item_kernel[(out_features // rows_of(tile, block), items)](
             x, values, index.row_ptr, index.col, given_bias, out,
-            num_tokens, index.block_rows, x.stride(0),
+            num_tokens, index.block_rows, x.stride(0), split, index.max_per_row,
             **shared, **constants(tile, block, x.dtype), PARTIAL=items > 1,
-            RAGGED=is_ragged(tile, block, index), **tile.options(),
+            EVEN=index.is_balanced, RAGGED=is_ragged(tile, block, index), **tile.options(),
         )  # fmt: skip
     if items > 1:
         with torch.cuda.device_of(x):
             reduce_kernel[(index.block_rows, num_tokens)](
-                out, index.row_ptr, given_bias, y, num_tokens, index.block_rows,
+                out, index.row_ptr, given_bias, y, num_tokens, index.block_rows, split,
                 **shared, ITEMS=triton.next_power_of_2(items), num_warps=4,
             )  # fmt: skip
     return y
@@ -228,6 +246,11 @@ def check_tokens(tile: Tile, num_tokens: int) -> None:
         )
 
 
+def rows_of(tile: Tile, block: tuple[int, int]) -> int:
+    """Rows of a block that one program computes."""
+    return min(tile.rows or block[0], block[0])
+
+
 def split_rows(tile: Tile, block: tuple[int, int], max_per_row: int) -> tuple[int, int]:
     """(blocks in an item, items in the fullest row); whole steps, at most `MAX_ITEMS` items."""
     per_step = max(1, tile.step // block[1])
@@ -241,8 +264,10 @@ def constants(tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> dict[st
     operands.check_step(tile.step, block[1])
     return {
         "MP": tile.block_m,
+        "ROWS": rows_of(tile, block),
         "BK": block[1],
         "STEP": tile.step,
+        "STAGES": tile.num_stages,
         "UPCAST": operands.needs_upcast(dtype),
         "PRECISION": operands.dot_precision(dtype),
     }

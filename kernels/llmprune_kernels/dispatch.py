@@ -14,30 +14,30 @@ from typing import Literal, get_args
 
 import torch
 
-from llmprune_kernels import cpu, native, processor
+from llmprune_kernels import cpu, gpu_speed, native, processor
+from llmprune_kernels.tiles import Kind
 from llmprune_kernels.triton_runtime import has_triton
 from llmprune_kernels.work import Work
 
 Backend = Literal["reference", "pytorch", "native", "triton", "densify"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-# Up to this many rows the bytes of the stored blocks decide; the decode kernel serves them.
-DECODE_ROWS = 16
-# Share of a GPU's bandwidth that decoding in blocks is expected to reach, against a dense product.
-DECODE_EFFICIENCY = 0.85
-# Density at which a prefill in blocks takes as long as the dense product, by rows of a block: the
-# roofline of a tile of 128 tokens (kernels on sm_90; a model, not a measurement).
-PREFILL_BREAK_EVEN = {16: 0.13, 32: 0.25, 64: 0.38, 128: 0.57}
+# Up to so many rows a product in bfloat16 is bound by memory on any processor.
+FEW_ROWS = 16
 # Takes the place of every choice, for measurements and for reports of bugs.
 OVERRIDE = "LLMPRUNE_KERNELS_BACKEND"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend and why; `speedup` over dense is predicted, None where there is no figure."""
+    """A backend and why; `speedup` over dense is predicted, None where there is no figure.
+
+    `kernel` is which of the Triton kernels, where the backend is they.
+    """
 
     backend: Backend
     reason: str
     speedup: float | None = None
+    kernel: Kind | None = None
 
 
 def choose_backend(work: Work) -> Choice:
@@ -78,20 +78,20 @@ def is_outrun(work: Work) -> bool:
     if processor.dense_kind(work.dtype) == "amx":
         return work.num_rows > 1 and not native.uses_amx(work.dtype)
     dots = native.instruction_set() in ("avx512_bf16", "amx")
-    return work.dtype == torch.bfloat16 and work.num_rows > DECODE_ROWS and not dots
+    return work.dtype == torch.bfloat16 and work.num_rows > FEW_ROWS and not dots
 
 
+@functools.lru_cache(maxsize=4096)
 def _on_gpu(work: Work) -> Choice:
     if not has_triton():
         return Choice("densify", "triton is not installed")
-    speedup = _modelled_speedup(work)
-    said = f"modelled {speedup:.2f}x dense at density {work.density:.2f}, {work.num_rows} rows"
-    if speedup < 1.0:
-        return Choice("densify", f"triton would be slower: {said}", speedup)
-    return Choice("triton", said, speedup)
-
-
-def _modelled_speedup(work: Work) -> float:
-    if work.num_rows <= DECODE_ROWS:
-        return DECODE_EFFICIENCY / work.density
-    return PREFILL_BREAK_EVEN[work.block[0]] / work.density
+    problem = gpu_speed.problem_of(work)
+    found = gpu_speed.estimate(problem, gpu_speed.this_device())
+    source = f"measured on {found.measured_on}," if found.measured_on else "modelled"
+    said = (
+        f"{source} {found.speedup:.2f}x dense at density {work.density:.2f}, {work.num_rows} rows"
+    )
+    densified = gpu_speed.densify_speedup(problem)
+    if found.speedup < densified:
+        return Choice("densify", f"triton would be slower: {said}", densified)
+    return Choice("triton", f"{found.kernel}, {said}", found.speedup, found.kernel)

@@ -144,6 +144,14 @@ class BlockSparseLinear(nn.Module):
             self.dense = None
         return super().train(mode)
 
+    def _apply(self, *arguments: Any, **options: Any) -> BlockSparseLinear:
+        """As `nn.Module._apply`; a dense copy that one kind of device asked for is dropped."""
+        was = self.values.device.type
+        super()._apply(*arguments, **options)
+        if self.values.device.type != was:
+            self.dense = None
+        return self
+
     def choice(self, num_rows: int) -> Choice:
         """Which backend a call on `num_rows` rows runs now, and why."""
         if self.dense is not None:

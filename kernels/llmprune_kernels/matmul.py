@@ -19,12 +19,14 @@ from llmprune_kernels import operands, tiles
 from llmprune_kernels.bsr import BlockIndex
 from llmprune_kernels.tiles import Tile
 from llmprune_kernels.walk import (
+    add_product,
     lane_blocks,
     lane_offsets,
     load_places,
-    multiply,
     program_tile,
     row_tile_offsets,
+    upright,
+    zero_sums,
 )
 
 
@@ -41,6 +43,7 @@ def row_product(
     BK: tl.constexpr,
     STEP: tl.constexpr,
     RAGGED: tl.constexpr,
+    SWAP: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -50,10 +53,10 @@ def row_product(
     row_values = values_ptr + tl.cast(first, tl.int64) * (BN * BK)
     row_col = col_ptr + first
     columns = load_places(row_col, 0, STEP, BK)
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc = zero_sums(BM, BN, SWAP)
     for step in range(0, tl.cdiv(count * BK, STEP)):
         x_at = x_rows + lane_offsets(columns, step, STEP, BK)[None, :]
-        w_at = row_values + row_tile_offsets(step, STEP, BN, BK)
+        w_at = row_values + row_tile_offsets(step, STEP, BN, BN, BK)
         if RAGGED:
             stored = (lane_blocks(step, STEP, BK) < count)[None, :]
             x = tl.load(x_at, mask=is_token & stored, other=0.0)
@@ -62,8 +65,8 @@ def row_product(
             x = tl.load(x_at, mask=is_token, other=0.0)
             w = tl.load(w_at)
         columns = load_places(row_col, step + 1, STEP, BK)
-        acc = multiply(x, tl.trans(w), acc, UPCAST, PRECISION)
-    return acc
+        acc = add_product(x, w, acc, SWAP, UPCAST, PRECISION)
+    return upright(acc, SWAP)
 
 
 @triton.jit
@@ -83,6 +86,7 @@ def linear_kernel(
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
     RAGGED: tl.constexpr,
+    SWAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -95,7 +99,7 @@ def linear_kernel(
     x_rows = x_ptr + tl.cast(tokens, tl.int64)[:, None] * x_stride
     acc = row_product(
         x_rows, is_token, values_ptr, row_ptr, col_ptr, row,
-        BM, BN, BK, STEP, RAGGED, UPCAST, PRECISION,
+        BM, BN, BK, STEP, RAGGED, SWAP, UPCAST, PRECISION,
     )  # fmt: skip
     features = row * BN + tl.arange(0, BN)
     if HAS_BIAS:
@@ -166,6 +170,7 @@ def constants(
         "STEP": tile.step,
         "GROUP": tile.group,
         "RAGGED": ragged,
+        "SWAP": tile.swap,
         "UPCAST": operands.needs_upcast(dtype),
         "PRECISION": operands.dot_precision(dtype),
     }

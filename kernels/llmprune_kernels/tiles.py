@@ -4,8 +4,8 @@ A table is a JSON file `{"device", "measured", "note", "tiles": [entry, ...]}`. 
 "kind", "dtype" ("half" or "float"), "tile", and any of "arch" (a list), "block" ([rows, columns],
 null = any) and the numbers "tokens", "out_features", "in_features", "density". Of the entries that
 fit, the one nearest in those numbers (sum of |log2| of the ratios) is taken. The user's table of
-the device is asked first, then the shipped one of the device, then the shipped default, which
-nobody measured.
+the device is asked first, then the shipped one of the device, then those of other devices of its
+architecture, then the shipped default, which nobody measured.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ SHARED_BYTES = {
     "gfx942": 64 << 10,
     "gfx950": 160 << 10,
 }
+# architectures with the bulk copy engine
+BULK_COPY_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")
 SMALLEST_SHARED_BYTES = 64 << 10
 # beyond this many tokens a weight tile is no longer the larger operand of the decode kernel
 MAX_DECODE_TOKENS = 64
@@ -57,6 +59,8 @@ class Tile:
         step: Inner size of one dot; narrower blocks are merged up to it.
         group: Token tiles that visit all block rows before the next group begins.
         split: Blocks of one program in decode, 0 = chosen from the problem.
+        rows: Rows of a block of one program in decode, 0 = all.
+        swap: Whether the weights are the left operand of a prefill kernel's dot.
     """
 
     block_m: int
@@ -65,12 +69,16 @@ class Tile:
     step: int = 64
     group: int = 8
     split: int = 0
+    rows: int = 0
+    swap: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "num_warps", "step"):
             size = getattr(self, name)
             if size < 1 or size & (size - 1):
                 raise ValueError(f"tile: {name} must be a power of two, got {size}")
+        if self.rows and (self.rows < 16 or self.rows & (self.rows - 1)):
+            raise ValueError(f"tile: rows must be 0 or a power of two from 16 on, got {self.rows}")
         if self.num_stages < 1 or self.group < 1 or self.split < 0 or self.step < 16:
             raise ValueError(
                 f"tile: num_stages and group must be at least 1, split 0, step 16, got {self}"
@@ -123,9 +131,16 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device("interpreter", "sm_90", 132)
     found = torch.cuda.get_device_properties(device)
-    gfx = getattr(found, "gcnArchName", "").partition(":")[0]
-    arch = gfx or f"sm_{found.major}{found.minor}"
+    arch = arch_of(found, is_amd=torch.version.hip is not None)
     return Device(found.name, arch, found.multi_processor_count)
+
+
+def arch_of(properties: Any, *, is_amd: bool) -> str:
+    """The architecture as tables name it, from a device's properties."""
+    # a build for CUDA has gcnArchName too, and gives the card's name for it
+    if is_amd:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def choose_for(kind: Kind, values: Tensor, index: BlockIndex, num_tokens: int) -> Tile:
@@ -154,8 +169,12 @@ def choose_tile(kind: Kind, device: Device, problem: Problem) -> Tile:
 
 def tables(device: Device) -> list[dict[str, Any]]:
     """The tables to ask, in order; a file that is not there is passed over."""
-    paths = (user_table(device), SHIPPED / f"tiles-{device.slug}.json", SHIPPED / "default.json")
-    return [read_table(path) for path in paths if path.exists()]
+    own = SHIPPED / f"tiles-{device.slug}.json"
+    found = [read_table(path) for path in (user_table(device), own) if path.exists()]
+    others = [read_table(path) for path in sorted(SHIPPED.glob("tiles-*.json")) if path != own]
+    found += [table for table in others if table.get("arch") == device.arch]
+    default = SHIPPED / "default.json"
+    return [*found, read_table(default)] if default.exists() else found
 
 
 def user_table(device: Device) -> Path:
@@ -189,17 +208,34 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def nearest_tile(table: dict[str, Any], kind: Kind, problem: Problem, arch: str) -> Tile | None:
     """The tile of the nearest entry of this kind, dtype, block and arch; None if there is none."""
+    fitting = fitting_entries(table, kind, problem, arch)
+    if not fitting:
+        return None
+    return Tile(**min(fitting, key=lambda entry: distance(entry, problem))["tile"])
+
+
+def fitting_entries(
+    table: dict[str, Any], kind: Kind, problem: Problem, arch: str
+) -> list[dict[str, Any]]:
+    """The entries of a table of this kind, dtype, block and arch."""
     width = "float" if problem.dtype == torch.float32 else "half"
-    fitting = [
+    return [
         entry
         for entry in table["tiles"]
         if (entry["kind"], entry["dtype"]) == (kind, width)
         and arch in entry.get("arch", [arch])
         and _has_block(entry, problem.block)
     ]
-    if not fitting:
-        return None
-    return Tile(**min(fitting, key=lambda entry: _distance(entry, problem))["tile"])
+
+
+def distance(entry: dict[str, Any], problem: Problem) -> float:
+    """How far an entry is from a problem: the sum of |log2| of the ratios of its numbers."""
+    named = [name for name in NUMBERS if name in entry]
+    got = [max(getattr(problem, name), 1e-3) for name in named]
+    return sum(
+        abs(math.log2(number / max(entry[name], 1e-3)))
+        for name, number in zip(named, got, strict=True)
+    )
 
 
 def fit(kind: Kind, tile: Tile, problem: Problem, device: Device) -> Tile:
@@ -234,23 +270,18 @@ def shared_bytes(kind: Kind, tile: Tile, block: tuple[int, int], dtype: torch.dt
         # a step is block_m tokens; the tile is merged columns by the block's rows
         sides, step = rows + max(tile.step, columns), tile.block_m
     else:
+        if kind == "decode" and tile.rows:
+            rows = min(rows, tile.rows)
         # swiglu with one pattern for both has two weight tiles in flight
         sides, step = tile.block_m + rows * (2 if kind == "swiglu" else 1), tile.step
+        if kind == "tma" and step < 2 * columns:
+            step = min(step, columns)
     return tile.num_stages * sides * step * dtype.itemsize
 
 
 def _has_block(entry: dict[str, Any], block: tuple[int, int]) -> bool:
     wanted = entry.get("block", (None, None))
     return all(side is None or side == got for side, got in zip(wanted, block, strict=True))
-
-
-def _distance(entry: dict[str, Any], problem: Problem) -> float:
-    named = [name for name in NUMBERS if name in entry]
-    got = [max(getattr(problem, name), 1e-3) for name in named]
-    return sum(
-        abs(math.log2(number / max(entry[name], 1e-3)))
-        for name, number in zip(named, got, strict=True)
-    )
 
 
 def _split(problem: Problem, device: Device) -> int:

@@ -44,6 +44,8 @@ class Graph:
 
     def __init__(self, launches: Sequence[Launch]) -> None:
         self.count = len(launches)
+        # what they read and write must live as long as the graph that has its addresses
+        self.launches = launches
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,13 +14,25 @@ from torch import Tensor
 from torch.nn import functional
 from triton.runtime.errors import OutOfResources
 
-from llmprune_kernels import bsr, decode, gradients, matmul, reference, swiglu, tiles, tma
+from llmprune_kernels import (
+    bsr,
+    decode,
+    gradients,
+    matmul,
+    operands,
+    reference,
+    swiglu,
+    tiles,
+    tma,
+)
 from llmprune_kernels.bsr import BlockIndex
 from llmprune_kernels.tiles import Device, Kind, Problem, Tile
 from llmprune_kernels.timing import Graph, Launch, Timing, copies_needed, interleaved
 
 # largest difference as a share of the largest number, of outputs rounded to the dtype
 TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
+# tiles that are timed again after the first round
+FINALISTS = 4
 
 
 @dataclass(frozen=True)
@@ -140,14 +153,8 @@ def balanced_mask(
 
 def candidates(kind: Kind, problem: Problem, device: Device) -> list[Tile]:
     """Tiles worth measuring: those whose buffers fit, the table's answer first."""
-    step = 32 if problem.dtype == torch.float32 else 64
-    found = [tiles.choose_tile(kind, device, problem)]
-    for block_m in _token_sizes(kind, problem):
-        for num_warps in (2, 4, 8) if kind == "decode" else (4, 8):
-            for num_stages in (2, 3, 4, 5, 6):
-                for split in _splits(kind, problem):
-                    width = found[0].step if kind == "grad_values" else step
-                    found.append(Tile(block_m, num_warps, num_stages, width, 8, split))
+    default = tiles.choose_tile(kind, device, problem)
+    found = [default, *_ways_to_cut(kind, problem, default)]
     limit = tiles.SHARED_BYTES.get(device.arch, tiles.SMALLEST_SHARED_BYTES)
     sizes = (problem.block, problem.dtype)
     return [
@@ -157,10 +164,39 @@ def candidates(kind: Kind, problem: Problem, device: Device) -> list[Tile]:
     ]
 
 
+def _ways_to_cut(kind: Kind, problem: Problem, default: Tile) -> Iterator[Tile]:
+    rows, columns = problem.block
+    step = 32 if problem.dtype == torch.float32 else 64
+    if kind == "decode":
+        widest = operands.MOST_MERGED * columns
+        steps = sorted({w for w in (columns, step, 2 * step) if 16 <= w <= min(widest, 128)})
+        parts = [size for size in (16, 32, 64, 128) if size <= rows]
+        for block_m, width, part in itertools.product(_token_sizes(kind, problem), steps, parts):
+            for num_warps, num_stages in itertools.product((2, 4), (3, 5)):
+                # a thread moves 8 to 64 numbers in a step
+                if 8 <= part * width / (32 * num_warps) <= 64:
+                    for split in _splits(problem):
+                        yield Tile(block_m, num_warps, num_stages, width, 8, split, part)
+        return
+    depths = (3, 4, 6, 8) if kind == "tma" else (3, 4, 5)
+    swaps = (False, True) if kind in ("matmul", "tma", "swiglu") else (False,)
+    # narrow blocks one by one, or in pairs
+    widths = sorted({min(step, columns), step}) if kind == "tma" else [step]
+    if kind == "grad_values":
+        widths = [default.step]
+    sizes = _token_sizes(kind, problem)
+    for block_m, num_warps, depth, width, swap in itertools.product(
+        sizes, (4, 8), depths, widths, swaps
+    ):
+        yield Tile(block_m, num_warps, depth, width, 8, swap=swap)
+
+
 def fastest(
     trial: Trial, kind: Kind, device: Device, deadline: float
 ) -> tuple[Tile, Timing, Timing] | None:
     """The fastest correct tile, its time, and the dense product's; None if none was correct.
+
+    All are timed once, and the best few of them again in turns with the dense product.
 
     Args:
         trial: The problem.
@@ -169,31 +205,36 @@ def fastest(
         deadline: Of `time.monotonic`; after it the best so far is the answer.
     """
     wanted = trial.wanted(kind)
-    best: tuple[Tile, Timing] | None = None
+    found: list[tuple[float, Tile]] = []
     for tile in candidates(kind, trial.problem, device):
-        if best is not None and time.monotonic() > deadline:
+        if found and time.monotonic() > deadline:
             break
-        timing = _time_tile(trial, kind, tile, wanted)
-        if timing is not None and (best is None or timing.median_us < best[1].median_us):
-            best = (tile, timing)
-    if best is None:
+        us = _time_tile(trial, kind, tile, wanted)
+        if us is not None:
+            found.append((us, tile))
+    if not found:
         return None
-    dense = interleaved({"dense": Graph(trial.dense_launches(kind))})["dense"]
-    return (*best, dense)
+    best = [tile for _, tile in sorted(found, key=lambda pair: pair[0])[:FINALISTS]]
+    graphs = {str(tile): Graph(trial.launches(kind, tile)) for tile in best}
+    times = interleaved(graphs | {"dense": Graph(trial.dense_launches(kind))})
+    dense = times.pop("dense")
+    winner = min(best, key=lambda tile: times[str(tile)].median_us)
+    return winner, times[str(winner)], dense
 
 
-def _time_tile(trial: Trial, kind: Kind, tile: Tile, wanted: Tensor) -> Timing | None:
-    """The time of one tile; None if it does not fit the GPU or computes something else."""
+def _time_tile(trial: Trial, kind: Kind, tile: Tile, wanted: Tensor) -> float | None:
+    """Microseconds of one tile, roughly; None if it does not fit the GPU or is not correct."""
     try:
         got = trial.launch(kind, tile)()
-    except OutOfResources as error:
-        print(f"{kind} {tile}: {error}", file=sys.stderr)
+    except (OutOfResources, RuntimeError) as error:
+        print(f"{kind} {tile}: {error}"[:300], file=sys.stderr)
         return None
     wrong = trial.error(kind, got, wanted)
     if wrong:
         print(f"{tile}: {wrong}", file=sys.stderr)
         return None
-    return interleaved({"tile": Graph(trial.launches(kind, tile))}, rounds=3)["tile"]
+    graphs = {"tile": Graph(trial.launches(kind, tile))}
+    return interleaved(graphs, rounds=1, round_ms=2.0)["tile"].median_us
 
 
 def _dense_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
@@ -206,14 +247,15 @@ def _token_sizes(kind: Kind, problem: Problem) -> tuple[int, ...]:
         return (1, columns) if problem.tokens == 1 else (columns,)
     if kind == "grad_values":
         return (32, 64, 128)
-    return (32, 64, 128, 256)
+    if problem.tokens >= 2048:
+        return (128, 256)
+    return (64, 128, 256) if problem.tokens > 128 else (32, 64, 128)
 
 
-def _splits(kind: Kind, problem: Problem) -> list[int]:
-    if kind != "decode":
-        return [0]
-    lengths = (128, 256, 512, 1024, 2048, problem.in_features)
-    return sorted({max(1, length // problem.block[1]) for length in lengths})
+def _splits(problem: Problem) -> list[int]:
+    """Blocks of an item: all of a row's, a half and a quarter of them."""
+    in_row = max(1, round(problem.density * problem.in_features / problem.block[1]))
+    return sorted({-(-in_row // items) for items in (1, 2, 4)}, reverse=True)
 
 
 def _can_hold(kind: Kind, tile: Tile, problem: Problem) -> bool:

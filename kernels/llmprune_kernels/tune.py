@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 
 from llmprune_kernels import tiles
 from llmprune_kernels.bsr import check_block
+from llmprune_kernels.precompile import Job, workers
 from llmprune_kernels.tiles import Device, Kind, Problem
 from llmprune_kernels.triton_runtime import has_triton
 
@@ -49,12 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(NO_GPU, file=sys.stderr)
         return 2
     # needs triton, which a machine without a GPU may not have
-    from llmprune_kernels import trials
+    from llmprune_kernels import precompile, trials
 
     place = torch.device("cuda", torch.cuda.current_device())
     device = tiles.device_of(place)
     path = tiles.user_table(device)
     deadline = time.monotonic() + options.budget_s
+    precompile.compile_ahead(different(problems, device), options.processes)
     for problem in problems:
         if time.monotonic() > deadline:
             print(f"{options.budget_s} s are over; {path} holds what was measured")
@@ -96,9 +98,27 @@ def kinds_for(problem: Problem, device: Device) -> list[Kind]:
     """The kinds of kernel that run a problem on a device."""
     if problem.tokens <= tiles.MAX_DECODE_TOKENS:
         return ["decode"]
-    newer = device.arch in ("sm_90", "sm_100", "sm_103", "sm_120")
+    newer = device.arch in tiles.BULK_COPY_ARCHS
     forward: list[Kind] = ["matmul", "tma"] if newer else ["matmul"]
     return [*forward, "swiglu", "grad_input", "grad_values"]
+
+
+def different(problems: list[Problem], device: Device) -> list[Job]:
+    """What has to be compiled: a job for every tile, block and kind of number of tokens.
+
+    Shapes and densities are no compile-time numbers of a kernel.
+    """
+    from llmprune_kernels import trials
+
+    jobs: dict[Any, Job] = {}
+    for problem in problems:
+        for kind in kinds_for(problem, device):
+            for tile in trials.candidates(kind, problem, device):
+                # Triton compiles anew for one, and for a multiple of 16
+                tokens = (problem.tokens == 1, problem.tokens % 16 == 0)
+                key = (kind, replace(tile, split=0), problem.block, problem.dtype, tokens)
+                jobs.setdefault(key, (kind, problem, tile))
+    return list(jobs.values())
 
 
 def entry_of(
@@ -159,6 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--densities", default=DENSITIES, help=f"default {DENSITIES}")
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--budget-s", type=float, default=600.0, help="seconds, default 600")
+    parser.add_argument(
+        "--processes", type=int, default=workers(), help="that compile, default all CPUs but two"
+    )
     return parser
 
 

@@ -38,6 +38,21 @@ def lane_blocks(step, STEP: tl.constexpr, SIDE: tl.constexpr):
 
 
 @triton.jit
+def row_blocks(row_ptr, row, per_row, EVEN: tl.constexpr):
+    """(first block, number of blocks) of a block row; EVEN: every row has `per_row`, none is read.
+
+    A program that need not wait for its row's place fetches its first blocks at once.
+    """
+    if EVEN:
+        first = row * per_row
+        count = per_row
+    else:
+        first = tl.load(row_ptr + row)
+        count = tl.load(row_ptr + row + 1) - first
+    return first, count
+
+
+@triton.jit
 def load_places(places_ptr, step, STEP: tl.constexpr, SIDE: tl.constexpr):
     """The block column (or row, or place in the values) of every lane of a step.
 
@@ -80,8 +95,10 @@ def lane_offsets(places, step, STEP: tl.constexpr, SIDE: tl.constexpr):
 
 
 @triton.jit
-def row_tile_offsets(step, STEP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Offsets of a step's (BN, STEP) weights from the row's first block, int32.
+def row_tile_offsets(
+    step, STEP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """Offsets of a step's (ROWS, STEP) weights from the row's first block, int32; ROWS of BN.
 
     A row holds at most BN * in_features numbers, so int32 is enough within one.
     """
@@ -89,7 +106,34 @@ def row_tile_offsets(step, STEP: tl.constexpr, BN: tl.constexpr, BK: tl.constexp
     along = blocks * (BN * BK) + lanes_inside(step, STEP, BK)
     if STEP > BK:
         along = tl.max_contiguous(tl.multiple_of(along, [8]), [8])
-    return tl.arange(0, BN)[:, None] * BK + along[None, :]
+    return tl.arange(0, ROWS)[:, None] * BK + along[None, :]
+
+
+@triton.jit
+def zero_sums(BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr):
+    """Where `add_product` starts."""
+    return tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.float32)
+
+
+@triton.jit
+def add_product(x, w, acc, SWAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x w^T for x (BM, STEP) and w (BN, STEP); kept as (BN, BM) if SWAP.
+
+    SWAP makes the weights the left operand, and the tokens the wider side of an instruction.
+    """
+    if SWAP:
+        acc = multiply(w, tl.trans(x), acc, UPCAST, PRECISION)
+    else:
+        acc = multiply(x, tl.trans(w), acc, UPCAST, PRECISION)
+    return acc
+
+
+@triton.jit
+def upright(acc, SWAP: tl.constexpr):
+    """The sums as (BM, BN)."""
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
 
 
 @triton.jit
@@ -99,3 +143,9 @@ def multiply(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def silu_times(gate, up):
+    """silu(gate) * up."""
+    return gate / (1.0 + tl.exp(-gate)) * up

@@ -142,7 +142,8 @@ def launches(
         constants = matmul.constants(tile, block, dtype, ragged=merged) | {"HAS_BIAS": True}
         return [("matmul", matmul.linear_kernel, constants, {})]
     if kind == "tma":
-        constants = tma.constants(tile, block, dtype) | {"HAS_BIAS": True}
+        constants = tma.constants(tile, block, dtype, paired=merged)
+        constants |= {"HAS_BIAS": True, "HAS_GATE": True}
         box = f"{NAMES[dtype]}[{{}},{constants['STEP']}]"
         types = {
             "x_tensor": f"tensordesc<{box.format(tile.block_m)}>",
@@ -151,11 +152,12 @@ def launches(
         return [("tma", tma.tma_kernel, constants, types)]
     if kind == "decode":
         constants = decode.constants(tile, block, dtype)
-        constants |= {"BN": block[0], "SPLIT": 8, "RAGGED": merged}
+        constants |= {"BN": block[0], "RAGGED": merged, "EVEN": not merged}
         alone = constants | {"PARTIAL": True, "HAS_BIAS": True}
         return [
             ("decode", decode.item_kernel, alone, {"out_ptr": "*fp32"}),
             ("swiglu decode", swiglu.swiglu_item_kernel, constants, {}),
+            ("swiglu decode, whole", swiglu.swiglu_whole_kernel, constants, {}),
         ]
     if kind == "swiglu":
         constants = matmul.constants(tile, block, dtype, ragged=merged)

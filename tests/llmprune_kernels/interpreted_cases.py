@@ -99,6 +99,7 @@ def linear(
     *,
     bias: bool = True,
     layout: str = "rows",
+    **changes: int,
 ) -> None:
     from llmprune_kernels import decode, matmul, tma
 
@@ -113,7 +114,7 @@ def linear(
     size = 16
     if kernel == "decode":
         size = 1 if tokens == 1 else max(8, 1 << (tokens - 1).bit_length())
-    got = launch(x, values, index, added, config=tile_of(kind, block_m=size))
+    got = launch(x, values, index, added, config=tile_of(kind, block_m=size, **changes))
     wanted = reference.exact(x, values, index, added)
     holds(got, wanted, dtype, 5 * block[1])
     # oneDNN's bfloat16 product on AMX reads past the rows of a slice, so x is copied out of the NaN
@@ -125,7 +126,13 @@ def linear(
 
 
 def swiglu(
-    block: tuple[int, int], dtype: str, tokens: int, pattern: str = "random", *, tied: bool = False
+    block: tuple[int, int],
+    dtype: str,
+    tokens: int,
+    pattern: str = "random",
+    *,
+    tied: bool = False,
+    **changes: int,
 ) -> None:
     from llmprune_kernels.swiglu import linear_swiglu
 
@@ -135,7 +142,9 @@ def swiglu(
     gate, up = stored(gate_index, block, kind), stored(up_index, block, kind)
     x = guarded(tokens, 5 * block[1], kind) / (5 * block[1]) ** 0.5
     size = 16 if tokens > 64 else max(8, 1 << (tokens - 1).bit_length())
-    got = linear_swiglu(x, gate, gate_index, up, up_index, config=tile_of(kind, block_m=size))
+    got = linear_swiglu(
+        x, gate, gate_index, up, up_index, config=tile_of(kind, block_m=size, **changes)
+    )
     wanted = reference.swiglu(x.double(), gate.double(), gate_index, up.double(), up_index)
     holds(got, wanted, dtype, 5 * block[1])
 
@@ -324,6 +333,20 @@ def _cases() -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None
         )
         slow[f"swiglu-70 tokens {label}-{pattern}-bf16"] = partial(
             swiglu, (64, 16), "bf16", 70, pattern, tied=tied
+        )
+    for dtype, split in itertools.product(("fp16", "bf16", "fp32"), (1, 8)):
+        # every block row in parts of 16 rows, its blocks in several items or in one
+        cut = {"rows": 16, "split": split}
+        label = f"parts, split {split}-{dtype}"
+        fast[f"decode-{label}"] = partial(linear, "decode", (64, 16), dtype, 5, "unequal", **cut)
+        fast[f"decode-one token {label}"] = partial(linear, "decode", (32, 32), dtype, 1, **cut)
+        fast[f"swiglu-{label}"] = partial(swiglu, (64, 32), dtype, 5, tied=False, **cut)
+    for name, dtype in itertools.product(("matmul", "tma"), DTYPES):
+        fast[f"{name}-swapped-{dtype}"] = partial(linear, name, (32, 16), dtype, 33, swap=True)
+    for tied in (False, True):
+        label = "tied" if tied else "separate"
+        fast[f"swiglu-swapped {label}"] = partial(
+            swiglu, (32, 32), "fp16", 70, tied=tied, swap=True
         )
     for name in (*LINEAR, "grad_input", "grad_values"):
         fast[f"{name}-no tokens"] = partial(no_tokens, name)
