@@ -310,7 +310,7 @@ def report(result: dict[str, Any], cells: list[dict]) -> str:
             "density",
             "M",
             "dense ms",
-            "native ms (20-80 %)",
+            "native ms (20-80 %)" if threads == 1 else "native ms",
             *ways,
         ]
         lines += ["", f"## {threads} thread{'s' * (threads > 1)}", ""]
@@ -318,6 +318,7 @@ def report(result: dict[str, Any], cells: list[dict]) -> str:
         for cell in (cell for cell in cells if cell["threads"] == threads):
             timings = cell["timings"]
             fast = timings.get("native", timings["dense"])
+            spread = f" ({fast['cpu_ms_low']:.3f}-{fast['cpu_ms_high']:.3f})"
             row = [
                 f"{cell['out_features']}x{cell['in_features']}",
                 f"{cell['block'][0]}x{cell['block'][1]}",
@@ -325,7 +326,7 @@ def report(result: dict[str, Any], cells: list[dict]) -> str:
                 f"{cell['density']:g}",
                 str(cell["num_rows"]),
                 f"{timings['dense'][kind]:.3f}",
-                f"{fast[kind]:.3f} ({fast['cpu_ms_low']:.3f}-{fast['cpu_ms_high']:.3f})",
+                f"{fast[kind]:.3f}" + spread * (threads == 1),
                 *(f"{cell['speedup'].get(way, float('nan')):.2f}" for way in ways),
             ]
             lines.append("| " + " | ".join(row) + " |")
