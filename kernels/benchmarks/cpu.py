@@ -242,15 +242,27 @@ def busy() -> float:
 
 def write_table(thread_counts: list[int], *, rounds: int) -> None:
     """Measure the policy's table."""
-    cells = []
-    for threads in thread_counts:
-        for case in table_cases():
-            cell = measure_on(case, threads, rounds=rounds, sample_s=0.01)
-            keys = ("threads", "dtype", "block", "num_rows", "density", "others", "speedup")
-            shape = [case.out_features, case.in_features]
-            cells.append({"shape": shape, **{key: cell[key] for key in keys}})
+    save_table(
+        [
+            measure_on(case, threads, rounds=rounds, sample_s=0.01)
+            for threads in thread_counts
+            for case in table_cases()
+        ],
+        rounds=rounds,
+    )
+
+
+def save_table(cells: list[dict], *, rounds: int) -> None:
+    """Write what the policy reads of cells that `measure_on` gave."""
+    keys = ("threads", "dtype", "block", "num_rows", "density", "others", "speedup")
+    lines = [
+        json.dumps(
+            {"shape": [cell["out_features"], cell["in_features"]], **{k: cell[k] for k in keys}}
+        )
+        for cell in cells
+    ]
     head = json.dumps({**conditions(), "rounds": rounds})
-    body = ",\n".join(json.dumps(cell) for cell in cells)
+    body = ",\n".join(lines)
     path = cpu_table.FOLDER / f"{slug()}.json"
     path.write_text(f'{head[:-1]}, "cells": [\n{body}\n]}}\n')
 
@@ -262,6 +274,11 @@ def write_results(thread_counts: list[int], *, rounds: int) -> None:
         for threads in thread_counts
         for case in (full_cases() if threads == thread_counts[0] else short_cases())
     ]
+    save_results(measured, rounds=rounds)
+
+
+def save_results(measured: list[dict], *, rounds: int) -> None:
+    """Write cells that `measure_on` gave, and the same as a report."""
     path = RESULTS / slug()
     RESULTS.mkdir(exist_ok=True)
     result: dict[str, Any] = {**conditions(), "rounds": rounds, "cells": measured}
@@ -293,7 +310,7 @@ def report(result: dict[str, Any], cells: list[dict]) -> str:
             "density",
             "M",
             "dense ms",
-            "native ms (20-80 %)",
+            "native ms (20-80 %)" if threads == 1 else "native ms",
             *ways,
         ]
         lines += ["", f"## {threads} thread{'s' * (threads > 1)}", ""]
@@ -301,6 +318,7 @@ def report(result: dict[str, Any], cells: list[dict]) -> str:
         for cell in (cell for cell in cells if cell["threads"] == threads):
             timings = cell["timings"]
             fast = timings.get("native", timings["dense"])
+            spread = f" ({fast['cpu_ms_low']:.3f}-{fast['cpu_ms_high']:.3f})"
             row = [
                 f"{cell['out_features']}x{cell['in_features']}",
                 f"{cell['block'][0]}x{cell['block'][1]}",
@@ -308,7 +326,7 @@ def report(result: dict[str, Any], cells: list[dict]) -> str:
                 f"{cell['density']:g}",
                 str(cell["num_rows"]),
                 f"{timings['dense'][kind]:.3f}",
-                f"{fast[kind]:.3f} ({fast['cpu_ms_low']:.3f}-{fast['cpu_ms_high']:.3f})",
+                f"{fast[kind]:.3f}" + spread * (threads == 1),
                 *(f"{cell['speedup'].get(way, float('nan')):.2f}" for way in ways),
             ]
             lines.append("| " + " | ".join(row) + " |")

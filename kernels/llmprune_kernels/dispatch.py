@@ -1,8 +1,9 @@
-"""Which way a block-sparse product is computed, and why; never one known to be slower than dense.
+"""Which way a block-sparse product is computed, and why.
 
 On a CPU the compiled kernel runs where it could be built, else the PyTorch way that measurements
-favour; on a GPU the Triton kernels. Where the weight is too dense for any of them to win, the
-stored blocks are written into a dense weight and the dense product runs ("densify").
+favour; on a GPU the Triton kernels. Where writing the stored blocks into a dense weight and
+multiplying by that is faster ("densify"), that runs. A choice that is slower than the dense product
+says so: a layer may keep a dense copy (`BlockSparseLinear.keep_dense`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal, get_args
 
 import torch
 
-from llmprune_kernels import cpu, gpu_speed, native, processor
+from llmprune_kernels import cpu, cpu_table, gpu_speed, native, processor
 from llmprune_kernels.tiles import Kind
 from llmprune_kernels.triton_runtime import has_triton
 from llmprune_kernels.work import Work
@@ -62,10 +63,14 @@ def _on_cpu(work: Work) -> Choice:
     speedup = cpu.predicted_speedup(work, native=compiled)
     backend: Backend = "native" if compiled else "pytorch"
     said = f"predicted {speedup:.2f}x dense at density {work.density:.2f}, {work.num_rows} rows"
-    if speedup < 1.0:
-        # without a dense copy that is kept, this is no faster than dense either
-        return Choice("densify", f"{backend} would be slower: {said}", speedup)
-    return Choice(backend, said, speedup)
+    if speedup >= 1.0:
+        return Choice(backend, said, speedup)
+    densified = cpu_table.speedup("densify", work)
+    if speedup > densified:
+        return Choice(
+            backend, f"slower than dense, a dense weight made anew more so: {said}", speedup
+        )
+    return Choice("densify", f"{backend} would be slower: {said}", densified)
 
 
 def is_outrun(work: Work) -> bool:

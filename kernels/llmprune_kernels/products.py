@@ -42,10 +42,11 @@ def swiglu(
 ) -> Tensor:
     """silu(x Wg^T) * (x Wu^T); arguments as for `ops.block_sparse_swiglu`."""
     if x.numel() and gate.shape[1:] == up.shape[1:]:
-        choices = [
-            choose_backend(Work.of(x, values, index))
-            for values, index in ((gate, gate_index), (up, up_index))
-        ]
+        choices = [choose_backend(Work.of(x, gate, gate_index))]
+        if up.shape == gate.shape:
+            choices *= 2
+        else:
+            choices.append(choose_backend(Work.of(x, up, up_index)))
         backends = {choice.backend for choice in choices}
         if backends == {"native"}:
             return native.linear_swiglu(x, gate, gate_index, up, up_index)

@@ -36,15 +36,16 @@ class Work(NamedTuple):
     @staticmethod
     def of(x: Tensor, values: Tensor, index: BlockIndex) -> Work:
         """x W^T for x of shape (..., in_features), now."""
-        _, rows, columns = values.shape
-        in_features = index.block_columns * columns
+        num_blocks, rows, columns = values.shape
+        block_rows, block_columns = index.block_rows, index.block_columns
+        in_features = block_columns * columns
         return Work(
             x.device.type,
             x.dtype,
             x.numel() // in_features,
             in_features,
-            index.block_rows * rows,
+            block_rows * rows,
             (rows, columns),
-            index.density,
+            num_blocks / (block_rows * block_columns),
             torch.get_num_threads(),
         )

@@ -1,6 +1,7 @@
 """Which backend runs on which processor; the processors are made up."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,9 +87,11 @@ def test_shipped_tables_say_what_each_kind_of_processor_runs(on):
             for num_rows in (1, 16, 512):
                 assert dispatch.choose_backend(work(dtype, num_rows)).backend == "native"
     # MKL is several times as fast on the second
-    for identity, backend in ((EPYC, "native"), (SAPPHIRE_RAPIDS, "densify")):
+    for identity, is_faster in ((EPYC, True), (SAPPHIRE_RAPIDS, False)):
         on(identity, "avx512_bf16")
-        assert dispatch.choose_backend(work(torch.float32, 512, 1.0)).backend == backend
+        choice = dispatch.choose_backend(work(torch.float32, 512, 1.0))
+        assert (choice.speedup > 1) == is_faster
+        assert ("slower than dense" in choice.reason) != is_faster
 
 
 def test_no_kernel_has_tiles_of_float16(on):
@@ -115,16 +118,26 @@ def test_an_outrun_kernel_does_not_compute_the_gradient_of_the_input(on, monkeyp
     assert x.grad is not None
 
 
-def test_density_decides_between_blocks_and_dense(monkeypatch):
-    """A backend that is predicted to be slower than dense does not run."""
+@pytest.mark.parametrize(
+    ("blocks_speed", "densify_speed", "runs_blocks", "said"),
+    [
+        (1.1, 0.5, True, "predicted 1.10x"),
+        (0.9, 0.5, True, "slower than dense, a dense weight made anew more so: predicted 0.90x"),
+        (0.4, 0.5, False, "would be slower: predicted 0.40x"),
+    ],
+)
+def test_blocks_run_where_a_dense_weight_made_anew_is_slower(
+    on, monkeypatch, blocks_speed, densify_speed, runs_blocks, said
+):
+    on(EPYC)
     small = Work("cpu", torch.float32, 4, 64, 64, (16, 16), 0.5)
-    for speedup, backends in ((0.9, ("densify",)), (1.1, ("native", "pytorch"))):
-        monkeypatch.setattr(dispatch.cpu, "predicted_speedup", lambda *a, s=speedup, **k: s)
-        dispatch._on_cpu.cache_clear()
-        choice = dispatch.choose_backend(small)
-        assert choice.backend in backends
-        assert ("would be slower" in choice.reason) == (speedup < 1)
-    dispatch._on_cpu.cache_clear()
+    monkeypatch.setattr(dispatch.cpu, "predicted_speedup", lambda *a, **k: blocks_speed)
+    table = SimpleNamespace(speedup=lambda way, work: densify_speed)
+    monkeypatch.setattr(dispatch, "cpu_table", table)
+    choice = dispatch.choose_backend(small)
+    assert choice.backend in (("native", "pytorch") if runs_blocks else ("densify",))
+    assert choice.speedup == (blocks_speed if runs_blocks else densify_speed)
+    assert said in choice.reason
 
 
 @pytest.fixture
@@ -158,7 +171,7 @@ def test_a_table_holds_for_processors_whose_dense_products_run_on_the_same(on):
     assert cpu_table.speedup("native", work(torch.float32, 1)) == 0.5
     assert cpu_table.speedup("native", work(torch.float16, 1)) == 0.5
     for dtype in (torch.float32, torch.bfloat16):
-        assert dispatch.choose_backend(work(dtype, 1)).backend == "densify"
+        assert dispatch.choose_backend(work(dtype, 1)).speedup == 0.5
 
 
 @pytest.mark.usefixtures("_two_tables")

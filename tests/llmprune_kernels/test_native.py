@@ -107,6 +107,21 @@ def test_rows_that_are_packed_in_rounds_equal_float64():
 
 
 @needs_compiler
+@pytest.mark.parametrize("block", [(64, 64), (16, 16), (32, 128)])
+def test_sums_of_panels_have_one_order_whatever_panels_are_wide(block):
+    """48 rows are three vectors of 16, which take a chain of blocks at a time; 16 take all."""
+    for name, dtype in usable():
+        values, index = blocks.weight("unequal", dtype, block, (7, 11))
+        x = torch.randn(48, 11 * block[1]).to(dtype)
+        dy = torch.randn(48, 7 * block[0]).to(dtype)
+        y = native.linear(x, values, index, using=name)
+        dx = native.grad_input(dy, values, index, using=name)
+        for part in (slice(0, 16), slice(16, 48)):
+            assert torch.equal(native.linear(x[part], values, index, using=name), y[part])
+            assert torch.equal(native.grad_input(dy[part], values, index, using=name), dx[part])
+
+
+@needs_compiler
 @pytest.mark.usefixtures("_poisoned")
 def test_swiglu_of_two_patterns_equals_float64():
     for (name, dtype), num_rows in itertools.product(usable(), ROWS):

@@ -47,11 +47,14 @@ struct TileCall {
   int64_t out_row;        // and of the sums
 };
 
-// One block row, or one block column, for a panel of rows of x.
+// Some blocks of a block row, or of a block column, for a panel of rows of x.
 struct PanelCall {
   const int32_t* column;  // block column, or block row, of each block
   const int32_t* place;   // its place in the values; only of a block column
-  int64_t count, block_size;
+  int64_t count;          // blocks
+  int64_t left;           // these and all that follow
+  bool is_first;          // sums are begun, not gone on with
+  int64_t block_size;
   int64_t height, width;  // rows and columns of a block
 };
 
@@ -61,6 +64,7 @@ struct Kernels {
   bool has_amx;      // products run on tiles of the processor
   bool is_prepared;  // a tile can read x as it is
   int64_t lanes;
+  int64_t chain;  // numbers of a row that a panel sums up before it adds to what it has
   int64_t tile_rows;
   int64_t tile_columns[kMaxTileRows + 1];
   void (*tiles[kMaxTileRows + 1])(const TileCall&, const void* x, const void* w, float* out);
@@ -208,17 +212,29 @@ void sum_panel(const Kernels& kernels, const Problem& p, const Weight& weight, i
                const void* x, int64_t vectors, float* sums) {
   alignas(64) float by_column[kMaxSide * kMaxVectors * kMaxLanes];
   const int64_t begin = weight.pointer[block];
+  const int64_t count = weight.pointer[block + 1] - begin;
   const int64_t block_size = p.height * p.width;
-  const PanelCall call{weight.column + begin, p.is_transposed ? weight.place + begin : nullptr,
-                       weight.pointer[block + 1] - begin, block_size, p.height, p.width};
   const char* w = static_cast<const char*>(weight.values);
   if (!p.is_transposed) w += begin * block_size * kernels.stored_bytes;
   const int64_t columns = kernels.panel_columns[vectors];
-  for (int64_t n = 0; n < p.out_width(); n += columns) {
-    const int64_t at = p.is_transposed ? n : n * p.width;
-    kernels.panels[p.is_transposed][vectors](call, x, w + at * kernels.stored_bytes,
-                                             by_column + n * vectors * kernels.lanes);
-  }
+  // All outputs of one chain of blocks before the next chain: what they read of x stays in the
+  // nearest cache. One vector of rows stays there anyway.
+  const int64_t depth = p.is_transposed ? p.height : p.width;
+  const int64_t chain = kernels.chain / depth + (kernels.chain % depth != 0);
+  const int64_t step = vectors == 1 || chain > count ? count : chain;
+  int64_t j = 0;
+  do {
+    const int64_t left = count - j;
+    const PanelCall call{weight.column + begin + j,
+                         p.is_transposed ? weight.place + begin + j : nullptr,
+                         left < step ? left : step, left, j == 0, block_size, p.height, p.width};
+    for (int64_t n = 0; n < p.out_width(); n += columns) {
+      const int64_t at = p.is_transposed ? n : n * p.width + j * block_size;
+      kernels.panels[p.is_transposed][vectors](call, x, w + at * kernels.stored_bytes,
+                                               by_column + n * vectors * kernels.lanes);
+    }
+    j += step;
+  } while (j < count);
   kernels.unpack_panel(by_column, vectors, p.out_width(), sums);
 }
 

@@ -42,13 +42,6 @@ INLINE void write_sums(const Floats* sums, float* out) {
   }
 }
 
-// Asks for `bytes` of memory before they are needed.
-INLINE void prefetch(const void* start, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) {
-    __builtin_prefetch(static_cast<const char*>(start) + at, 0, 3);
-  }
-}
-
 // out[m * out_row + n] for ROWS rows of x and COLUMNS rows of the weight.
 template <class T, int ROWS, int COLUMNS>
 ISA_TARGET void tile(const TileCall& call, const void* x_start, const void* w_start, float* out) {
@@ -126,26 +119,26 @@ ISA_TARGET void panel_tile(const PanelCall& call, const void* x_start, const voi
   // Unit k of output n is at n * to_next + k * down.
   const int64_t to_next = TRANSPOSED ? 1 : num_units;
   const int64_t down = !TRANSPOSED ? 1 : kMade ? COLUMNS : call.width;
-  // Four KiB of the weight ahead, 1 to 4 blocks: it may come from memory, and lies in pieces too
-  // short for a processor to see where the next one is.
+  // What the next call takes, or four KiB ahead, 1 to 4 blocks: the weight may come from memory, and
+  // lies in pieces too short for a processor to see where the next one is. Asked for a line at a
+  // time, while another block is multiplied: all at once they wait for one another.
   const int64_t taken = COLUMNS * call.width * sizeof(typename T::Stored);
-  const int64_t ahead = taken > 2048 ? 1 : taken > 1024 ? 2 : 4;
+  const int64_t fitting = taken > 2048 ? 1 : taken > 1024 ? 2 : 4;
+  const int64_t ahead = call.count < call.left ? call.count : fitting;
+  const int64_t line_step =
+      (TRANSPOSED ? call.width : COLUMNS) * kPerUnit * sizeof(typename T::Stored);
   Unit made[kMade ? COLUMNS * kMaxSide : 1];
   Floats sums[COLUMNS * VECTORS];
   UNROLL for (int i = 0; i < COLUMNS * VECTORS; i++) sums[i] = Floats{};
   int64_t chain = 0;
-  bool is_first = true;
+  bool is_first = call.is_first;
   for (int64_t j = 0; j < call.count; j++) {
     const auto* w = static_cast<const typename T::Stored*>(w_start) +
                     (TRANSPOSED ? call.place[j] : j) * call.block_size;
-    if (j + ahead < call.count) {
-      const auto* next = static_cast<const typename T::Stored*>(w_start) +
-                         (TRANSPOSED ? call.place[j + ahead] : j + ahead) * call.block_size;
-      if constexpr (TRANSPOSED) {
-        for (int64_t n = 0; n < call.height; n++) prefetch(next + n * call.width, 1);
-      } else {
-        prefetch(next, taken);
-      }
+    const auto* next = w;
+    if (j + ahead < call.left) {
+      next = static_cast<const typename T::Stored*>(w_start) +
+             (TRANSPOSED ? call.place[j + ahead] : j + ahead) * call.block_size;
     }
     const Unit* units = reinterpret_cast<const Unit*>(w);
     if constexpr (kMade) {
@@ -159,6 +152,7 @@ ISA_TARGET void panel_tile(const PanelCall& call, const void* x_start, const voi
     const Unit* x =
         static_cast<const Unit*>(x_start) + call.column[j] * num_units * VECTORS * kLanes;
     for (int64_t k = 0; k < num_units; k++, x += VECTORS * kLanes) {
+      __builtin_prefetch(reinterpret_cast<const char*>(next) + k * line_step, 0, 3);
       Spread inputs[VECTORS];
       UNROLL for (int v = 0; v < VECTORS; v++) {
         inputs[v] = *reinterpret_cast<const Spread*>(x + v * kLanes);
@@ -297,6 +291,7 @@ Kernels kernels() {
   table.prepared_bytes = sizeof(typename T::Prepared);
   table.is_prepared = std::is_same_v<typename T::Prepared, typename T::Stored>;
   table.lanes = kLanes;
+  table.chain = T::kChain;
   table.tile_columns[2] = table.tile_columns[3] = 4;
   table.tiles[2] = tile<T, 2, 4>;
   table.tiles[3] = tile<T, 3, 4>;
