@@ -96,7 +96,8 @@ class Tables:
         note = (
             f"\n{self.jobs} processes shared the device, so seconds are those of a crowded one and "
             "tell nothing about a method alone. Gates train on whole batches at once (on the CPU "
-            "row by row); the model is the GGUF file of the CPU's figures, unpacked beforehand.\n"
+            "row by row); the model is the GGUF file of the CPU's figures, unpacked beforehand. Rows "
+            "and stages without a figure were not reached in the time that was given.\n"
         )
         save_text(whole.to_markdown() + note, self.folder / f"{name}.md")
         save_text(whole.to_json(), self.folder / f"{name}.json")

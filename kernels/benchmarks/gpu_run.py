@@ -14,9 +14,10 @@ import torch
 import triton
 from gpu_cases import Case, block_problems, correctness_cases, pattern_mask, timed_cases
 from gpu_report import Report, Row
+from torch import Tensor
 
-from llmprune_kernels import precompile, tiles
-from llmprune_kernels.tiles import Kind, Problem
+from llmprune_kernels import precompile, tiles, tma
+from llmprune_kernels.tiles import MAX_DECODE_TOKENS, Kind, Problem
 from llmprune_kernels.timing import Graph, Launch, interleaved
 from llmprune_kernels.trials import Trial
 
@@ -191,9 +192,20 @@ def time_case(run: Run, case: Case) -> None:
     if case.section in ("decode", "prefill"):
         launches["shrunk"] = gpu_competitors.shrunk_launches(trial)
         launches["densify + dense"] = gpu_competitors.densify_launches(trial)
+    if case.section == "gated" and case.problem.tokens > MAX_DECODE_TOKENS and run.runs("tma"):
+        launches["two launches"] = [
+            partial(gated_in_two, trial, gate, up)
+            for gate, up in zip(trial.values, trial.values[1:] + trial.values[:1], strict=True)
+        ]
     if case.with_torch:
         try:
             launches["torch.sparse"] = [*gpu_competitors.torch_bsr_tuned(trial)]
         except ValueError as error:
             run.report.left_out.append(f"torch.sparse on {case.problem}: {error}")
     run.add(case.section, case.problem, launches)
+
+
+def gated_in_two(trial: Trial, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(x Wg^T) * (x Wu^T) as prompts run it: two products by bulk copies, the second gates."""
+    opening = tma.linear(trial.x, gate, trial.index)
+    return tma.linear(trial.x, up, trial.index, gate=opening)

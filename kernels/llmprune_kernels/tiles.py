@@ -247,7 +247,7 @@ def fit(kind: Kind, tile: Tile, problem: Problem, device: Device) -> Tile:
         if tile.block_m < problem.tokens:
             tile = replace(tile, block_m=max(8, problem.tokens))
         if not tile.split:
-            tile = replace(tile, split=_split(problem, device))
+            tile = replace(tile, split=_split(problem, device, tile.rows))
     limit = SHARED_BYTES.get(device.arch, SMALLEST_SHARED_BYTES)
     while shared_bytes(kind, tile, problem.block, problem.dtype) > limit:
         if tile.num_stages > 2:
@@ -284,13 +284,19 @@ def _has_block(entry: dict[str, Any], block: tuple[int, int]) -> bool:
     return all(side is None or side == got for side, got in zip(wanted, block, strict=True))
 
 
-def _split(problem: Problem, device: Device) -> int:
+def _split(problem: Problem, device: Device, part: int) -> int:
     """Blocks of an item: four programs for every processor, but not under 256 inner elements.
+
+    A row's parts are programs of their own, and cost less than items do: where there are two for
+    every processor, rows are not split.
 
     An item writes 4 bytes for every token and feature and reads 2 for every inner element and
     feature, so at 16 tokens a shorter item would spend over an eighth of its bytes on partials.
     """
     rows, columns = problem.block
     in_row = problem.density * problem.in_features
-    items = max(1.0, 4 * device.num_processors / (problem.out_features / rows))
+    parts = problem.out_features / min(part or rows, rows)
+    items = max(1.0, 4 * device.num_processors / parts)
+    if part and parts >= 2 * device.num_processors:
+        items = 1.0
     return max(1, round(max(in_row / items, 256) / columns))

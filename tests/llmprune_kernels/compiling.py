@@ -51,6 +51,7 @@ class Compiled:
     ) -> None:
         self.arch = arch
         self.num_stages = num_stages
+        self.is_gated = bool(constants.get("HAS_GATE"))
         types = types or {}
         signature, attrs, given = {}, {}, {}
         for place, name in enumerate(kernel.arg_names):
@@ -81,6 +82,11 @@ class Compiled:
         """How many steps deep every pipelined operand is."""
         pattern = r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x"
         return [int(depth) for depth in re.findall(pattern, self.binary.asm["ttgir"])]
+
+    @property
+    def waits(self) -> list[int]:
+        """How many groups of copies may still be under way where the code waits for one."""
+        return [int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+)", self.ptx)]
 
     @cached_property
     def assembler_log(self) -> str:
@@ -142,14 +148,16 @@ def launches(
         constants = matmul.constants(tile, block, dtype, ragged=merged) | {"HAS_BIAS": True}
         return [("matmul", matmul.linear_kernel, constants, {})]
     if kind == "tma":
-        constants = tma.constants(tile, block, dtype, paired=merged)
-        constants |= {"HAS_BIAS": True, "HAS_GATE": True}
+        constants = tma.constants(tile, block, dtype, paired=merged) | {"HAS_BIAS": True}
         box = f"{NAMES[dtype]}[{{}},{constants['STEP']}]"
         types = {
             "x_tensor": f"tensordesc<{box.format(tile.block_m)}>",
             "values_tensor": f"tensordesc<{box.format(block[0])}>",
         }
-        return [("tma", tma.tma_kernel, constants, types)]
+        return [
+            ("tma", tma.tma_kernel, constants | {"HAS_GATE": False}, types),
+            ("tma gated", tma.tma_kernel, constants | {"HAS_GATE": True}, types),
+        ]
     if kind == "decode":
         constants = decode.constants(tile, block, dtype)
         constants |= {"BN": block[0], "RAGGED": merged, "EVEN": not merged}

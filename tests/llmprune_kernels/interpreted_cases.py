@@ -23,71 +23,24 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from interpreted_operands import (
+    DTYPES,
+    PATTERNS,
+    ULPS,
+    guarded,
+    holds,
+    mask_of,
+    stored,
+    tile_of,
+)
 from refused_cases import REFUSALS, refuses
 
 from llmprune_kernels import reference
 from llmprune_kernels.bsr import BLOCK_SIDES, BlockIndex, scatter_blocks
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-TOLERANCES = {"fp16": 1e-3, "bf16": 8e-3, "fp32": 1e-6}
-# the interpreter truncates to bfloat16 where a GPU rounds, so an error may be a whole ulp
-ULPS = {"fp16": 2**-10, "bf16": 2**-7, "fp32": 2**-23}
 FAST_BLOCKS = ((16, 16), (128, 32), (64, 64), (32, 128))
-PATTERNS = ("random", "balanced", "empty rows", "unequal", "one", "all", "empty")
 LINEAR = ("matmul", "tma", "decode")
 KERNELS = (*LINEAR, "swiglu", "grad_input", "grad_values", "densify")
-
-
-def mask_of(pattern: str, seed: int = 0) -> Tensor:
-    """A bool mask of 3 block rows and 5 block columns."""
-    drawn = torch.rand(3, 5, generator=torch.Generator().manual_seed(seed))
-    if pattern == "random":
-        return drawn < 0.5
-    if pattern == "balanced":
-        return drawn <= drawn.kthvalue(2, dim=1, keepdim=True).values
-    mask = torch.zeros(3, 5, dtype=torch.bool)
-    if pattern == "empty rows":
-        mask[1, 1:4] = True
-    elif pattern == "unequal":
-        mask[0, 4] = mask[1, :] = mask[2, [0, 3, 4]] = True
-    elif pattern == "one":
-        mask[2, 4] = True
-    elif pattern == "all":
-        mask[:] = True
-    return mask
-
-
-def guarded(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Random numbers inside a larger array of NaN: what is read beyond them shows in the result."""
-    around = torch.full((rows + 3, columns + 32), torch.nan, dtype=dtype)
-    inside = around[1 : 1 + rows, 16 : 16 + columns]
-    return inside.copy_(torch.randn(rows, columns))
-
-
-def stored(index: BlockIndex, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Random blocks, with blocks of NaN behind them."""
-    around = torch.full((index.num_blocks + 4, *block), torch.nan, dtype=dtype)
-    around[: index.num_blocks] = torch.randn(index.num_blocks, *block)
-    return around[: index.num_blocks]
-
-
-def tile_of(dtype: torch.dtype, **changes: int) -> Any:
-    """A small tile that needs several programs, merged blocks and split rows."""
-    from llmprune_kernels.tiles import Tile
-
-    step = 32 if dtype == torch.float32 else 64
-    sizes = {"block_m": 16, "num_warps": 4, "num_stages": 3, "step": step, "group": 2, "split": 1}
-    return Tile(**sizes | changes)
-
-
-def holds(got: Tensor, wanted: Tensor, dtype: str, inner: int) -> None:
-    """`got` has no NaN and is as near to float64 as `inner` rounded products allow."""
-    tolerance = TOLERANCES[dtype] * (max(1.0, (inner / 128) ** 0.5) if dtype == "fp32" else 1)
-    assert got.shape == wanted.shape, (got.shape, wanted.shape)
-    if wanted.numel() == 0:
-        return
-    error = reference.relative_error(got, wanted)
-    assert error <= tolerance, f"error {error:.2e} of the largest, allowed {tolerance:.1e}"
 
 
 def linear(
@@ -199,6 +152,46 @@ def no_tokens(kernel: str) -> None:
     else:
         launch = {"matmul": matmul, "tma": tma, "decode": decode}[kernel].linear
         assert launch(x, values, index).shape == (0, 48)
+
+
+def bulk_copies_gate(dtype: str, pattern: str) -> None:
+    """silu(gate) * y in the epilogue, with a bias; blocks in pairs and one by one."""
+    from llmprune_kernels import tma
+
+    index, kind = BlockIndex.from_mask(mask_of(pattern)), DTYPES[dtype]
+    values, x = stored(index, (32, 16), kind), guarded(33, 80, kind)
+    bias, gate = torch.randn(96).to(kind), torch.randn(33, 96).to(kind)
+    got = tma.linear(x, values, index, bias, gate=gate, config=tile_of(kind))
+    wanted = functional.silu(gate.double()) * reference.exact(x, values, index, bias)
+    holds(got, wanted, dtype, 80)
+
+
+def pair_by_bulk_copies(layout: str) -> None:
+    """The gated pair as a prompt runs it on a GPU with bulk copies, and what they can't address."""
+    from llmprune_kernels import products, tma
+    from llmprune_kernels.dispatch import Choice
+
+    index = BlockIndex.from_mask(mask_of("unequal")), BlockIndex.from_mask(mask_of("random"))
+    gate, up = (stored(one, (32, 16), torch.float16) for one in index)
+    x = guarded(70, 80, torch.float16) / 9
+    if layout == "odd":
+        x = torch.empty(70, 83, dtype=torch.float16)[:, :80].copy_(x)
+    choices = [Choice("triton", "", 2.0, "tma")] * 2
+    assert bool(tma.obstacle(x, gate)) == (layout == "odd")
+    launched = []
+    real = tma.linear
+    tma.linear = lambda *given, **options: launched.append(1) or real(*given, **options)
+    try:
+        got = products._swiglu_by_triton(choices, x, gate, index[0], up, index[1])
+    finally:
+        tma.linear = real
+    assert len(launched) == (0 if layout == "odd" else 2)
+    holds(
+        got,
+        reference.swiglu(x.double(), gate.double(), index[0], up.double(), index[1]),
+        "fp16",
+        80,
+    )
 
 
 def repeats(tokens: int) -> None:
@@ -343,6 +336,10 @@ def _cases() -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None
         fast[f"swiglu-{label}"] = partial(swiglu, (64, 32), dtype, 5, tied=False, **cut)
     for name, dtype in itertools.product(("matmul", "tma"), DTYPES):
         fast[f"{name}-swapped-{dtype}"] = partial(linear, name, (32, 16), dtype, 33, swap=True)
+    for layout in ("rows", "odd"):
+        fast[f"gated pair by bulk copies-{layout}"] = partial(pair_by_bulk_copies, layout)
+    for dtype, pattern in itertools.product(DTYPES, ("balanced", "unequal", "empty")):
+        fast[f"tma-gated-{pattern}-{dtype}"] = partial(bulk_copies_gate, dtype, pattern)
     for tied in (False, True):
         label = "tied" if tied else "separate"
         fast[f"swiglu-swapped {label}"] = partial(

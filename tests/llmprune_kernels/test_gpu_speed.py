@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmprune_kernels import gpu_speed, tiles
+from llmprune_kernels import dispatch, gpu_speed, tiles
 from llmprune_kernels.tiles import Device, Problem
+from llmprune_kernels.work import Work
 
 H200 = Device("NVIDIA H200", "sm_90", 132)
 PREFILL = Problem(4096, 4096, 4096, 0.5, (128, 32), torch.bfloat16)
@@ -107,3 +108,46 @@ def test_a_gpu_without_a_table_asks_one_of_its_architecture(tmp_path, monkeypatc
     assert gpu_speed.estimate(PREFILL, other) == gpu_speed.Estimate("tma", 2.0, "sm_90")
     newer = replace(other, arch="sm_100")
     assert not gpu_speed.estimate(PREFILL, newer).measured_on
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """Choices as on an H200, with the shipped tables."""
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu_speed, "this_device", lambda: H200)
+    for cached in (gpu_speed.estimate, dispatch._on_gpu):
+        cached.cache_clear()
+    yield
+    for cached in (gpu_speed.estimate, dispatch._on_gpu):
+        cached.cache_clear()
+
+
+def choice(tokens, density=0.5, block=(128, 32), shape=(14336, 4096)):
+    work = Work("cuda", torch.bfloat16, tokens, shape[1], shape[0], block, density)
+    return dispatch.choose_backend(work)
+
+
+@pytest.mark.usefixtures("h200")
+def test_an_h200_runs_what_was_fastest_there(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv(tiles.TABLES_VARIABLE, str(tmp_path))
+    for tokens, kernel, least in ((1, "decode", 1.7), (16, "decode", 1.6), (64, "tma", 1.6)):
+        found = choice(tokens)
+        assert (found.backend, found.kernel) == ("triton", kernel)
+        assert found.speedup >= least
+        assert "measured on NVIDIA H200" in found.reason
+    for tokens in (512, 4096):
+        assert choice(tokens).kernel == "tma"
+    # nobody measured blocks of 32 rows; the roofline says that writing the weight out is faster
+    assert choice(4096, block=(32, 32)).backend == "densify"
+
+
+@pytest.mark.usefixtures("h200")
+def test_the_less_slow_of_two_slow_ways_runs(tmp_path, monkeypatch):
+    """At 512 tokens writing the weight out takes twice as long as the dense product."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv(tiles.TABLES_VARIABLE, str(tmp_path))
+    found = choice(512, density=0.75, shape=(4096, 14336))
+    assert found.backend == "triton"
+    assert 0.7 < found.speedup < 1.0
+    assert choice(512, density=1.0, block=(32, 32)).backend == "densify"

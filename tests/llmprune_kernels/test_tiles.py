@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,33 @@ def test_broken_table_is_refused_by_file_and_entry(tables, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         tiles.choose_tile("matmul", H200, PROBLEM)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gfx", "is_amd", "arch"),
+    [("gfx942:sramecc+:xnack-", True, "gfx942"), ("NVIDIA H200", False, "sm_90")],
+)
+def test_an_architecture_is_that_of_the_build(gfx, is_amd, arch):
+    """A build for CUDA fills AMD's field with the card's name, seen with torch 2.11."""
+    found = SimpleNamespace(gcnArchName=gfx, major=9, minor=0)
+    assert tiles.arch_of(found, is_amd=is_amd) == arch
+
+
+def test_rows_in_parts_are_not_split_where_there_are_enough(tables):
+    tile = Tile(8, 2, 5, rows=32)
+    write(tables / "tiles-nvidia-h200.json", entry(tile, kind="decode", tokens=1))
+    tall = Problem(1, 14336, 4096, 0.5, (128, 32), torch.bfloat16)
+    wide = replace(tall, out_features=4096, in_features=14336)
+    assert tiles.choose_tile("decode", H200, tall).split == 64
+    assert tiles.choose_tile("decode", H200, wide).split < 112
+
+
+@pytest.mark.parametrize("rows", [8, 24])
+def test_rows_of_a_part_fill_a_tensor_core(rows):
+    with pytest.raises(
+        ValueError, match=f"rows must be 0 or a power of two from 16 on, got {rows}"
+    ):
+        Tile(8, 2, 5, rows=rows)
 
 
 def test_tuned_entry_replaces_the_one_of_the_same_problem(tables):

@@ -47,11 +47,18 @@ def in_loop_kernel(monkeypatch: pytest.MonkeyPatch):
     return in_loop_kernel.in_loop_kernel
 
 
+def shipped(arch: str) -> list:
+    """Entries of the default table, and of the measured ones of an architecture."""
+    tables = [tiles.read_table(path) for path in sorted(tiles.SHIPPED.glob("tiles-*.json"))]
+    found = [entry for table in tables if table["arch"] == arch for entry in table["tiles"]]
+    return [*tiles.read_table(tiles.SHIPPED / "default.json")["tiles"], *found]
+
+
 def entries(arch: str) -> list:
-    """(kind, width, block, tile) of every entry of the shipped default table, fitted to a GPU."""
+    """(kind, width, block, tile) of every entry of the shipped tables, fitted to a GPU."""
     device = Device("none", arch, 132)
     found = {}
-    for entry in tiles.read_table(tiles.SHIPPED / "default.json")["tiles"]:
+    for number, entry in enumerate(shipped(arch)):
         kind = entry["kind"]
         if arch not in entry.get("arch", [arch]) or (kind == "tma" and arch == "sm_80"):
             continue
@@ -59,7 +66,7 @@ def entries(arch: str) -> list:
         dtype = DTYPES[entry["dtype"]]
         problem = Problem(entry.get("tokens", 512), 4096, 4096, 0.5, block, dtype)
         tile = tiles.fit(kind, Tile(**entry["tile"]), problem, device)
-        label = f"{arch}-{kind}-{entry['dtype']}-{block[0]}x{block[1]}-{tile.block_m}"
+        label = f"{arch}-{kind}-{entry['dtype']}-{block[0]}x{block[1]}-{tile.block_m}-{number}"
         found[label] = (kind, entry["dtype"], block, tile)
     return [pytest.param(arch, *case, id=label) for label, case in found.items()]
 
@@ -81,7 +88,9 @@ def compiled(arch, kind, width, block, tile):
 
 
 def check(binary, kind, width, block, tile):
-    assert binary.stack_bytes <= SPILLED
+    # a gate is read when all sums are still held: a few registers, once a program
+    gated = kind == "tma" and binary.is_gated
+    assert binary.stack_bytes <= (64 if gated else SPILLED)
     assert binary.shared_bytes <= SHARED_BYTES[binary.arch]
     # a few barriers beside the buffers
     assert binary.shared_bytes <= max(
@@ -96,6 +105,8 @@ def check(binary, kind, width, block, tile):
         assert binary.count("cp.async.bulk.tensor") > 0
     else:
         assert binary.count("cp.async.c") > 0
+        # what was fetched ahead stays under way; a loop that waits for all of it has no depth
+        assert max(binary.waits) >= min(1, tile.num_stages - 2)
         # bias is read once; blocks and tokens never one element at a time
         assert binary.count("ld.global.b16") <= 2
     if width == "half":
