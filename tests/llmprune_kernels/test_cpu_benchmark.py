@@ -68,6 +68,12 @@ def test_wall_time_is_taken_again_while_others_use_the_machine(
     assert cell["timings"]["dense"]["cpu_ms"] == len(taken) - 1 - taken.index(kept)
 
 
+def test_every_way_is_measured():
+    cell = benchmark.measure_on(TINY, 1, rounds=1, sample_s=0.001)
+    assert set(cell["timings"]) >= {"dense", *cpu.WAYS}
+    assert all(timing["cpu_ms"] > 0 for timing in cell["timings"].values())
+
+
 def test_busy_time_rises():
     before = benchmark.busy()
     assert before > 0
@@ -77,6 +83,10 @@ def test_busy_time_rises():
 def test_a_written_table_says_threads_and_shapes(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_table, "FOLDER", tmp_path)
     monkeypatch.setattr(benchmark, "table_cases", lambda: [TINY])
+    # process CPU time for one thread, wall time for two
+    timings = {way: benchmark.Timing(1.0, 1.0, 1.0, 2.0, 0.0) for way in cpu.WAYS}
+    timings["dense"] = benchmark.Timing(3.0, 3.0, 3.0, 1.0, 0.0)
+    monkeypatch.setattr(benchmark, "measure", lambda case, **options: timings)
     benchmark.write_table([1, 2], rounds=1)
     (path,) = tmp_path.glob("cpu-*.json")
     cells = json.loads(path.read_text())["cells"]
@@ -84,10 +94,10 @@ def test_a_written_table_says_threads_and_shapes(tmp_path, monkeypatch):
     cpu_table._tables.cache_clear()
     cpu_table.speedup.cache_clear()
     try:
-        for threads, cell in enumerate(cells, 1):
+        for threads in (1, 2):
             work = Work("cpu", torch.float32, 2, 64, 32, (16, 16), 0.5, threads)
             for way in cpu.WAYS:
-                assert cpu_table.speedup(way, work) == pytest.approx(cell["speedup"][way])
+                assert cpu_table.speedup(way, work) == pytest.approx({1: 3.0, 2: 0.5}[threads])
     finally:
         cpu_table._tables.cache_clear()
         cpu_table.speedup.cache_clear()
