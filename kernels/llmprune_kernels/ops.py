@@ -103,11 +103,13 @@ def _check_pair(
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether numbers on a CPU are all that a call is about, and nothing watches operators.
+    """Whether numbers on a CPU or GPU are all a call is about, and nothing watches operators.
 
     No gradient, autocast, compiler, trace, mode, function transform or subclass.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
@@ -116,7 +118,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
     learns = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and (
-            not tensor.is_cpu
+            not (tensor.is_cpu or tensor.is_cuda)
             or type(tensor) not in (Tensor, Parameter)
             or (learns and tensor.requires_grad)
         ):
