@@ -16,6 +16,7 @@ from torch import nn
 
 from llmprune.errors import InputError
 from llmprune.files import save_tensors
+from llmprune.pages import release
 from llmprune.weight_blocks import BlockPlan
 from llmprune_kernels import BlockIndex, BlockSparseLinear, BlockSparseMLP
 
@@ -81,11 +82,20 @@ def make_block_sparse(
     model: PreTrainedModel,
     indices: Mapping[str, BlockIndex],
     blocks: Mapping[str, tuple[int, int]],
+    *,
+    just_loaded: bool = False,
 ) -> None:
     """Put a BlockSparseLinear in the place of every projection with an index, in place.
 
     Where gate and up of an MLP both become sparse and the activation is SiLU, the two products and
     what joins them become one.
+
+    Args:
+        model: Dense, with zeros.
+        indices: Which blocks of a projection are stored, by its name.
+        blocks: (rows, columns) of a block, by the same names.
+        just_loaded: The dense weights are as their file has them and nobody else's, so that the
+            pages of the file need not stay in memory once their blocks are copied.
 
     Raises:
         InputError: A projection is missing, has another shape, or is not zero outside its blocks.
@@ -109,6 +119,8 @@ def make_block_sparse(
             )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, sparse)
+        if just_loaded:
+            release(linear.weight)
     _fuse_mlps(model)
 
 

@@ -140,7 +140,7 @@ def _swap_in_blocks(model: PreTrainedModel, source: str, revision: str | None) -
             f"{source}: block_sparse needs a model that weight blocks were pruned from, there is "
             f"no {INDEX_FILE}; load it without"
         ) from error
-    make_block_sparse(model, *read_block_index(Path(file)))
+    make_block_sparse(model, *read_block_index(Path(file)), just_loaded=True)
     keep_faster(model)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmprune import block_sparse
 from llmprune.block_gates import BlockGates, block_norms
 from llmprune.block_scores import score_blocks
 from llmprune.block_sparse import (
@@ -17,6 +18,7 @@ from llmprune.block_sparse import (
     read_block_index,
     save_block_index,
 )
+from llmprune.checkpoint import load_pruned
 from llmprune.errors import InputError
 from llmprune.recipe import Recipe, WeightBlocks
 from llmprune.scores import UnitScores
@@ -279,6 +281,23 @@ def test_block_sparse_layers_compute_the_zeroed_model_and_go_back(family, tmp_pa
     make_dense(model)
     assert not block_sparse_layers(model)
     torch.testing.assert_close(logits(model), wanted)
+
+
+def test_only_a_load_gives_pages_of_the_weight_file_back(tmp_path, monkeypatch):
+    model = wide_model()
+    _, plan = random_plan(model, modules=("mlp", "attention"))
+    zero_blocks(model, plan)
+    wanted = logits(model)
+    given_back = []
+    monkeypatch.setattr(block_sparse, "release", lambda weight: given_back.append(weight.shape))
+    make_block_sparse(model, plan.indices(), dict(plan.blocks))
+    assert given_back == []
+    make_dense(model)
+    model.save_pretrained(tmp_path)
+    save_block_index(plan, tmp_path)
+    loaded = load_pruned(tmp_path, block_sparse=True)
+    assert len(given_back) == len(plan.keep_masks)
+    torch.testing.assert_close(logits(loaded), wanted)
 
 
 def test_an_index_that_the_weights_left_is_refused(tmp_path):
