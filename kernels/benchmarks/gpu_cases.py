@@ -71,9 +71,13 @@ def timed_cases() -> list[Case]:
         Case("prefill", Problem(4096, *SHAPES[0], density, (64, 64), BF16), ("matmul", "tma"))
         for density in (0.5, 0.25)
     ]
+    square = [
+        Case("decode", Problem(tokens, *SHAPES[0], density, (64, 64), BF16), ("decode",))
+        for density, tokens in itertools.product((0.5, 0.25), (1, 16))
+    ]
     gated = [
         Case("gated", Problem(tokens, *SHAPES[0], 0.5, (128, 32), BF16), ("swiglu",))
-        for tokens in (1, 4096)
+        for tokens in (1, 4096, 512)
     ]
     backward = [
         [
@@ -83,7 +87,7 @@ def timed_cases() -> list[Case]:
         for name, kind in BACKWARD
     ]
     # the first of each table first: a short budget still shows every kind
-    return _round_robin(decode, prefill, wide, gated, *backward)
+    return _round_robin(decode, prefill, wide, square, gated, *backward)
 
 
 def block_problems() -> list[Problem]:

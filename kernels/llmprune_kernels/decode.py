@@ -254,8 +254,8 @@ def rows_of(tile: Tile, block: tuple[int, int]) -> int:
 def split_rows(tile: Tile, block: tuple[int, int], max_per_row: int) -> tuple[int, int]:
     """(blocks in an item, items in the fullest row); whole steps, at most `MAX_ITEMS` items."""
     per_step = max(1, tile.step // block[1])
-    split = max(tile.split, triton.cdiv(max_per_row, MAX_ITEMS), 1)
-    split = triton.cdiv(split, per_step) * per_step
+    items = min(max(1, tile.items), MAX_ITEMS)
+    split = triton.cdiv(max(1, triton.cdiv(max_per_row, items)), per_step) * per_step
     return split, max(1, triton.cdiv(max_per_row, split))
 
 

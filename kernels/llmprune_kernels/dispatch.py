@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 
 from llmprune_kernels import cpu, cpu_table, gpu_speed, native, processor
-from llmprune_kernels.tiles import Kind
+from llmprune_kernels.tiles import Device, Kind
 from llmprune_kernels.triton_runtime import has_triton
 from llmprune_kernels.work import Work
 
@@ -54,7 +54,7 @@ def choose_backend(work: Work) -> Choice:
         return Choice(forced, f"{OVERRIDE} says so")
     if work.density == 0.0:
         return Choice("reference", "no block is stored")
-    return _on_cpu(work) if work.device == "cpu" else _on_gpu(work)
+    return _on_cpu(work) if work.device == "cpu" else _on_gpu(work, gpu_speed.this_device())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -87,12 +87,14 @@ def is_outrun(work: Work) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _on_gpu(work: Work) -> Choice:
+def _on_gpu(work: Work, device: Device) -> Choice:
     if not has_triton():
         return Choice("densify", "triton is not installed")
+    if work.dtype not in gpu_speed.DTYPES:
+        return Choice("densify", f"no kernel computes in {work.dtype}")
     problem = gpu_speed.problem_of(work)
-    found = gpu_speed.estimate(problem, gpu_speed.this_device())
-    source = f"measured on {found.measured_on}," if found.measured_on else "modelled"
+    found = gpu_speed.estimate(problem, device)
+    source = f"predicted from times on {found.measured_on}," if found.measured_on else "modelled"
     said = (
         f"{source} {found.speedup:.2f}x dense at density {work.density:.2f}, {work.num_rows} rows"
     )

@@ -23,16 +23,21 @@ DECODE_EFFICIENCY = 0.85
 # Density at which a prefill in blocks takes as long as the dense product, by rows of a block: the
 # roofline of a tile of 128 tokens (kernels on sm_90; a model, not a measurement).
 PREFILL_BREAK_EVEN = {16: 0.13, 32: 0.25, 64: 0.38, 128: 0.57}
-# A table's entry speaks for problems of up to this many times as many tokens, or as few.
+# A table's entry speaks for problems of up to this many times as many tokens, or as few; one of
+# MANY_ROWS or more, whose tiles fill any GPU, for all with more.
 REACH = 4
+MANY_ROWS = 2048
 # Operations a byte at which a dense product takes as long for either (H200, bfloat16: 790 TFLOP/s
 # and 4.3 TB/s, measured); other GPUs are near enough for a choice between two slow ways.
 OPERATIONS_PER_BYTE = 184
+# Time of writing a weight out against its bytes at the dense product's bandwidth (H200, measured).
+WRITING = 1.3
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A kernel, its speed over the dense product's, and the GPU where that was measured, or ""."""
+    """A kernel, its speed over the dense product's, and the GPU whose times say so, or ""."""
 
     kernel: Kind
     speedup: float
@@ -63,7 +68,7 @@ def estimate(problem: Problem, device: Device) -> Estimate:
     """The fastest kernel for y = x W^T."""
     for table in tiles.tables(device):
         measured = [
-            Estimate(kind, speedup, table["device"])
+            Estimate(kind, speedup, table.get("device", device.name))
             for kind in forward_kinds(problem, device)
             if (speedup := measured_speedup(table, kind, problem, device)) is not None
         ]
@@ -99,8 +104,7 @@ def measured_speedup(
     near = [
         entry
         for entry in tiles.fitting_entries(table, kind, problem, device.arch)
-        if "dense_us" in entry
-        and max(problem.tokens, entry["tokens"]) <= REACH * min(problem.tokens, entry["tokens"])
+        if "dense_us" in entry and _speaks_for(entry["tokens"], problem.tokens)
     ]
     if not near:
         return None
@@ -108,10 +112,17 @@ def measured_speedup(
     return entry["dense_us"] / entry["us"] * entry["density"] / problem.density
 
 
+def _speaks_for(measured: int, tokens: int) -> bool:
+    if tokens > measured >= MANY_ROWS:
+        return True
+    return max(tokens, measured) <= REACH * min(tokens, measured)
+
+
 def densify_speedup(problem: Problem) -> float:
     """Dense time over that of writing the dense weight out first.
 
-    It reads the stored blocks and writes the weight, which a dense product of few tokens reads.
+    The weight is cleared, and the stored blocks are read and written; a dense product of few tokens
+    reads the weight once.
     """
-    extra = 1 + problem.density
+    extra = WRITING * (1 + 2 * problem.density)
     return 1 / (1 + extra / max(1.0, problem.tokens / OPERATIONS_PER_BYTE))

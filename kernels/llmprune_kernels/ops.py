@@ -48,7 +48,7 @@ def block_sparse_linear(
 def block_sparse_swiglu(
     x: Tensor, gate: Tensor, gate_index: BlockIndex, up: Tensor, up_index: BlockIndex
 ) -> Tensor:
-    """silu(x Wg^T) * (x Wu^T) in one pass over x; differentiable.
+    """silu(x Wg^T) * (x Wu^T), joined in one or two kernels; differentiable.
 
     Args:
         x: Shape (..., in_features).

@@ -10,9 +10,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,32 +26,63 @@ Got = TypeVar("Got")
 
 def workers() -> int:
     """Processes to use: all CPUs but two, at most 14, each of which holds its own GPU context."""
-    return max(1, min(14, (os.cpu_count() or 1) - 2))
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(14, count - 2))
 
 
-def in_processes(work: Callable[[Given], Got], given: Sequence[Given], processes: int) -> list[Got]:
+def in_processes(
+    work: Callable[[Given], Got],
+    given: Sequence[Given],
+    processes: int,
+    seconds: float | None = None,
+) -> list[Got | None]:
     """`work` of everything given, in order; in this process where `processes` is 1.
 
     Args:
         work: A function of a module, so that a worker can import it.
         given: What can be pickled.
         processes: How many.
+        seconds: How long to wait for all; None = until the end.
+
+    Returns:
+        None in the place of what was not done in time, or by a process that died.
     """
     if processes <= 1 or len(given) <= 1:
         return [work(one) for one in given]
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(processes, len(given)), mp_context=context) as pool:
-        return list(pool.map(work, given))
+        futures = [pool.submit(work, one) for one in given]
+        late = wait(futures, seconds).not_done
+        for future in late:
+            future.cancel()
+        if late:
+            # nobody waits for what they still do
+            for child in set(multiprocessing.active_children()) - others:
+                child.kill()
+    return [None if _is_lost(future) else future.result() for future in futures]
 
 
-def compile_ahead(jobs: Sequence[Job], processes: int) -> list[str]:
-    """Launch every job once; the reasons of those that could not be, in their order, "" if it ran.
+def _is_lost(future: Future[Any]) -> bool:
+    return future.cancelled() or isinstance(future.exception(), BrokenProcessPool)
+
+
+def compile_ahead(jobs: Sequence[Job], processes: int, seconds: float) -> list[str]:
+    """Launch every job once in several processes; with one process nothing is to be gained by it.
 
     Args:
         jobs: (kind, problem, tile); tile None = the tables' choice.
         processes: How many work at it.
+        seconds: How long to wait for all.
+
+    Returns:
+        The reasons of those that could not be launched.
     """
-    return in_processes(_launch, list(dict.fromkeys(jobs)), processes)
+    if processes <= 1:
+        return []
+    found = in_processes(_launch, list(dict.fromkeys(jobs)), processes, seconds)
+    return [reason for reason in found if reason]
 
 
 def _launch(job: Job) -> str:
@@ -58,7 +90,8 @@ def _launch(job: Job) -> str:
     try:
         _trial(problem).launch(kind, tile)()
         torch.cuda.synchronize()
-    except Exception as error:  # a tile that does not fit raises one of several kinds
+    # a tile that does not fit raises one of several kinds
+    except Exception as error:
         return f"{kind} {tile}: {type(error).__name__}: {error}"[:300]
     return ""
 

@@ -1,11 +1,12 @@
 """Tile: how a kernel is cut for a GPU; and the tables that say which tile for which problem.
 
 A table is a JSON file `{"device", "measured", "note", "tiles": [entry, ...]}`. An entry holds
-"kind", "dtype" ("half" or "float"), "tile", and any of "arch" (a list), "block" ([rows, columns],
-null = any) and the numbers "tokens", "out_features", "in_features", "density". Of the entries that
-fit, the one nearest in those numbers (sum of |log2| of the ratios) is taken. The user's table of
-the device is asked first, then the shipped one of the device, then those of other devices of its
-architecture, then the shipped default, which nobody measured.
+"kind", "dtype" ("half" or "float"), "tile", where it was measured "us" and "dense_us", and any of
+"arch" (a list), "block" ([rows, columns], null = any) and the numbers "tokens", "out_features",
+"in_features", "density". Of the entries that fit, the one nearest in those numbers (sum of |log2|
+of the ratios) is taken. The user's table of the device is asked first, then the shipped one of the
+device, then those of other devices of its architecture, then the shipped default, which nobody
+measured. The first table with an entry that fits answers; tables are read once a process.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ SMALLEST_SHARED_BYTES = 64 << 10
 # beyond this many tokens a weight tile is no longer the larger operand of the decode kernel
 MAX_DECODE_TOKENS = 64
 NUMBERS = ("tokens", "out_features", "in_features", "density")
+# what an entry with a dense product's time must have
+TIMED = ("us", "dense_us", "tokens", "density")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Tile:
         num_stages: Depth of the software pipeline.
         step: Inner size of one dot; narrower blocks are merged up to it.
         group: Token tiles that visit all block rows before the next group begins.
-        split: Blocks of one program in decode, 0 = chosen from the problem.
+        items: How many programs share a block row's blocks in decode, 0 = chosen from the problem.
         rows: Rows of a block of one program in decode, 0 = all.
         swap: Whether the weights are the left operand of a prefill kernel's dot.
     """
@@ -68,7 +71,7 @@ class Tile:
     num_stages: int
     step: int = 64
     group: int = 8
-    split: int = 0
+    items: int = 0
     rows: int = 0
     swap: bool = False
 
@@ -79,9 +82,9 @@ class Tile:
                 raise ValueError(f"tile: {name} must be a power of two, got {size}")
         if self.rows and (self.rows < 16 or self.rows & (self.rows - 1)):
             raise ValueError(f"tile: rows must be 0 or a power of two from 16 on, got {self.rows}")
-        if self.num_stages < 1 or self.group < 1 or self.split < 0 or self.step < 16:
+        if self.num_stages < 1 or self.group < 1 or self.items < 0 or self.step < 16:
             raise ValueError(
-                f"tile: num_stages and group must be at least 1, split 0, step 16, got {self}"
+                f"tile: num_stages and group must be at least 1, items 0, step 16, got {self}"
             )
 
     def options(self) -> dict[str, int]:
@@ -199,6 +202,8 @@ def read_table(path: Path) -> dict[str, Any]:
         try:
             known = entry["kind"] in KINDS and entry["dtype"] in ("half", "float")
             Tile(**entry["tile"])
+            if "dense_us" in entry and min(entry[name] for name in TIMED) <= 0:
+                raise ValueError(f"{', '.join(TIMED)} must be above 0")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: tiles[{number}]: {error}") from error
         if not known:
@@ -241,13 +246,13 @@ def distance(entry: dict[str, Any], problem: Problem) -> float:
 def fit(kind: Kind, tile: Tile, problem: Problem, device: Device) -> Tile:
     """The tile with fewer stages, then fewer tokens, until its buffers fit in shared memory.
 
-    For decode also: as many token columns as there are tokens, and a split.
+    For decode also: as many token columns as there are tokens, and a number of items.
     """
     if kind == "decode":
         if tile.block_m < problem.tokens:
             tile = replace(tile, block_m=max(8, problem.tokens))
-        if not tile.split:
-            tile = replace(tile, split=_split(problem, device, tile.rows))
+        if not tile.items:
+            tile = replace(tile, items=_items(problem, device, tile.rows))
     limit = SHARED_BYTES.get(device.arch, SMALLEST_SHARED_BYTES)
     while shared_bytes(kind, tile, problem.block, problem.dtype) > limit:
         if tile.num_stages > 2:
@@ -284,19 +289,16 @@ def _has_block(entry: dict[str, Any], block: tuple[int, int]) -> bool:
     return all(side is None or side == got for side, got in zip(wanted, block, strict=True))
 
 
-def _split(problem: Problem, device: Device, part: int) -> int:
-    """Blocks of an item: four programs for every processor, but not under 256 inner elements.
-
-    A row's parts are programs of their own, and cost less than items do: where there are two for
-    every processor, rows are not split.
+def _items(problem: Problem, device: Device, part: int) -> int:
+    """Items of a row: four programs for every processor, but none under 256 inner elements.
 
     An item writes 4 bytes for every token and feature and reads 2 for every inner element and
     feature, so at 16 tokens a shorter item would spend over an eighth of its bytes on partials.
+    A row's parts are programs of their own, and cost less than items do: where there are two for
+    every processor, rows are not shared.
     """
-    rows, columns = problem.block
-    in_row = problem.density * problem.in_features
-    parts = problem.out_features / min(part or rows, rows)
-    items = max(1.0, 4 * device.num_processors / parts)
+    parts = problem.out_features / min(part or problem.block[0], problem.block[0])
     if part and parts >= 2 * device.num_processors:
-        items = 1.0
-    return max(1, round(max(in_row / items, 256) / columns))
+        return 1
+    shortest = max(1, int(problem.density * problem.in_features / 256))
+    return min(max(1, math.ceil(4 * device.num_processors / parts)), shortest)

@@ -3,7 +3,8 @@
 The same walk as in `matmul`, with tensor descriptors instead of pointers: one instruction fetches
 a whole tile, no thread computes addresses, and rows beyond the last token are filled with zeros.
 A box cannot be gathered from several block columns, so a dot's inner size is the block's columns,
-at most `step`. Narrow blocks of equally full rows are taken in pairs, two dots a turn of the loop.
+at most `step`. Where a step is twice that and rows are equally full, of an even number, blocks are
+taken in pairs, two dots a turn of the loop.
 """
 
 from __future__ import annotations
@@ -124,14 +125,14 @@ def linear(
     out_features = index.block_rows * block[0]
     operands.check_bias(bias, out_features, values)
     y = x.new_empty(x.shape[0], out_features)
-    if gate is not None and (gate.shape != y.shape or not gate.is_contiguous()):
-        raise ValueError(f"gate must be contiguous, of shape {tuple(y.shape)}, got {gate.shape}")
+    if gate is not None:
+        check_gate(gate, y)
     if y.numel() == 0:
         return y
     if index.num_blocks == 0:
         # a descriptor of nothing is not allowed
         y = y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-        return y if gate is None else functional.silu(gate) * y
+        return y if gate is None else (functional.silu(gate.float()) * y).to(y.dtype)
     if reason := obstacle(x, values):
         raise ValueError(f"{reason}: use matmul")
     tile = config or tiles.choose_for("tma", values, index, x.shape[0])
@@ -173,6 +174,21 @@ def obstacle(x: Tensor, values: Tensor) -> str:
     if lines >= 1 << 31:
         return f"tma counts block rows in 32 bits, got {lines}"
     return ""
+
+
+def check_gate(gate: Tensor, y: Tensor) -> None:
+    """Refuse a gate that the kernel can't read beside y.
+
+    Raises:
+        ValueError: Its shape, dtype, device or layout is not y's.
+    """
+    if (gate.shape, gate.dtype, gate.device) != (y.shape, y.dtype, y.device):
+        raise ValueError(
+            f"gate must be {y.dtype} of shape {tuple(y.shape)} on {y.device}, got {gate.dtype} of "
+            f"shape {tuple(gate.shape)} on {gate.device}"
+        )
+    if not gate.is_contiguous():
+        raise ValueError(f"gate must be contiguous, got strides {gate.stride()}")
 
 
 def is_paired(tile: Tile, block: tuple[int, int], index: BlockIndex) -> bool:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from llmprune_kernels import (
     bsr,
@@ -175,8 +175,8 @@ def _ways_to_cut(kind: Kind, problem: Problem, default: Tile) -> Iterator[Tile]:
             for num_warps, num_stages in itertools.product((2, 4), (3, 5)):
                 # a thread moves 8 to 64 numbers in a step
                 if 8 <= part * width / (32 * num_warps) <= 64:
-                    for split in _splits(problem):
-                        yield Tile(block_m, num_warps, num_stages, width, 8, split, part)
+                    for items in (1, 2, 4):
+                        yield Tile(block_m, num_warps, num_stages, width, 8, items, part)
         return
     depths = (3, 4, 6, 8) if kind == "tma" else (3, 4, 5)
     swaps = (False, True) if kind in ("matmul", "tma", "swiglu") else (False,)
@@ -226,7 +226,7 @@ def _time_tile(trial: Trial, kind: Kind, tile: Tile, wanted: Tensor) -> float | 
     """Microseconds of one tile, roughly; None if it does not fit the GPU or is not correct."""
     try:
         got = trial.launch(kind, tile)()
-    except (OutOfResources, RuntimeError) as error:
+    except (TritonError, RuntimeError) as error:
         print(f"{kind} {tile}: {error}"[:300], file=sys.stderr)
         return None
     wrong = trial.error(kind, got, wanted)
@@ -250,12 +250,6 @@ def _token_sizes(kind: Kind, problem: Problem) -> tuple[int, ...]:
     if problem.tokens >= 2048:
         return (128, 256)
     return (64, 128, 256) if problem.tokens > 128 else (32, 64, 128)
-
-
-def _splits(problem: Problem) -> list[int]:
-    """Blocks of an item: all of a row's, a half and a quarter of them."""
-    in_row = max(1, round(problem.density * problem.in_features / problem.block[1]))
-    return sorted({-(-in_row // items) for items in (1, 2, 4)}, reverse=True)
 
 
 def _can_hold(kind: Kind, tile: Tile, problem: Problem) -> bool:

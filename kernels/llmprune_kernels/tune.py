@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from llmprune_kernels import tiles
+from llmprune_kernels import gpu_speed, tiles
 from llmprune_kernels.bsr import check_block
 from llmprune_kernels.precompile import Job, workers
 from llmprune_kernels.tiles import Device, Kind, Problem
@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = tiles.device_of(place)
     path = tiles.user_table(device)
     deadline = time.monotonic() + options.budget_s
-    precompile.compile_ahead(different(problems, device), options.processes)
+    jobs = different(problems, device)
+    precompile.compile_ahead(jobs, options.processes, options.budget_s / 2)
     for problem in problems:
         if time.monotonic() > deadline:
             print(f"{options.budget_s} s are over; {path} holds what was measured")
@@ -96,17 +97,17 @@ def read_problems(options: argparse.Namespace) -> Iterator[Problem]:
 
 def kinds_for(problem: Problem, device: Device) -> list[Kind]:
     """The kinds of kernel that run a problem on a device."""
+    forward = gpu_speed.forward_kinds(problem, device)
     if problem.tokens <= tiles.MAX_DECODE_TOKENS:
-        return ["decode"]
-    newer = device.arch in tiles.BULK_COPY_ARCHS
-    forward: list[Kind] = ["matmul", "tma"] if newer else ["matmul"]
+        return forward
     return [*forward, "swiglu", "grad_input", "grad_values"]
 
 
 def different(problems: list[Problem], device: Device) -> list[Job]:
     """What has to be compiled: a job for every tile, block and kind of number of tokens.
 
-    Shapes and densities are no compile-time numbers of a kernel.
+    Shapes are no compile-time numbers of a kernel. Of densities it matters whether rows fill whole
+    steps; what a problem compiles anew for that is compiled when it is timed.
     """
     from llmprune_kernels import trials
 
@@ -116,7 +117,8 @@ def different(problems: list[Problem], device: Device) -> list[Job]:
             for tile in trials.candidates(kind, problem, device):
                 # Triton compiles anew for one, and for a multiple of 16
                 tokens = (problem.tokens == 1, problem.tokens % 16 == 0)
-                key = (kind, replace(tile, split=0), problem.block, problem.dtype, tokens)
+                shared = replace(tile, items=min(tile.items, 2))
+                key = (kind, shared, problem.block, problem.dtype, tokens)
                 jobs.setdefault(key, (kind, problem, tile))
     return list(jobs.values())
 

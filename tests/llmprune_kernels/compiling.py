@@ -162,8 +162,10 @@ def launches(
         constants = decode.constants(tile, block, dtype)
         constants |= {"BN": block[0], "RAGGED": merged, "EVEN": not merged}
         alone = constants | {"PARTIAL": True, "HAS_BIAS": True}
+        whole = constants | {"EVEN": True, "RAGGED": False, "PARTIAL": False, "HAS_BIAS": False}
         return [
             ("decode", decode.item_kernel, alone, {"out_ptr": "*fp32"}),
+            ("decode, whole and balanced", decode.item_kernel, whole, {}),
             ("swiglu decode", swiglu.swiglu_item_kernel, constants, {}),
             ("swiglu decode, whole", swiglu.swiglu_whole_kernel, constants, {}),
         ]

@@ -85,13 +85,14 @@ def swiglu(
     pattern: str = "random",
     *,
     tied: bool = False,
+    up_pattern: str = "",
     **changes: int,
 ) -> None:
     from llmprune_kernels.swiglu import linear_swiglu
 
     kind = DTYPES[dtype]
     gate_index = BlockIndex.from_mask(mask_of(pattern))
-    up_index = gate_index if tied else BlockIndex.from_mask(mask_of(pattern, 1))
+    up_index = gate_index if tied else BlockIndex.from_mask(mask_of(up_pattern or pattern, 1))
     gate, up = stored(gate_index, block, kind), stored(up_index, block, kind)
     x = guarded(tokens, 5 * block[1], kind) / (5 * block[1]) ** 0.5
     size = 16 if tokens > 64 else max(8, 1 << (tokens - 1).bit_length())
@@ -205,12 +206,12 @@ def repeats(tokens: int) -> None:
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
-def split_does_not_change_the_sum(split: int) -> None:
+def items_do_not_change_the_sum(items: int) -> None:
     from llmprune_kernels import decode
 
     index = BlockIndex.from_mask(mask_of("unequal"))
     values, x = stored(index, (32, 16), torch.float32), guarded(3, 80, torch.float32)
-    tile = tile_of(torch.float32, block_m=8, split=split, step=16)
+    tile = tile_of(torch.float32, block_m=8, items=items, step=16)
     holds(
         decode.linear(x, values, index, config=tile),
         reference.exact(x, values, index),
@@ -327,13 +328,21 @@ def _cases() -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None
         slow[f"swiglu-70 tokens {label}-{pattern}-bf16"] = partial(
             swiglu, (64, 16), "bf16", 70, pattern, tied=tied
         )
-    for dtype, split in itertools.product(("fp16", "bf16", "fp32"), (1, 8)):
+    for dtype, items in itertools.product(("fp16", "bf16", "fp32"), (1, 8)):
         # every block row in parts of 16 rows, its blocks in several items or in one
-        cut = {"rows": 16, "split": split}
-        label = f"parts, split {split}-{dtype}"
+        cut = {"rows": 16, "items": items}
+        label = f"parts, {items} items-{dtype}"
         fast[f"decode-{label}"] = partial(linear, "decode", (64, 16), dtype, 5, "unequal", **cut)
         fast[f"decode-one token {label}"] = partial(linear, "decode", (32, 32), dtype, 1, **cut)
         fast[f"swiglu-{label}"] = partial(swiglu, (64, 32), dtype, 5, tied=False, **cut)
+        fast[f"swiglu-all and balanced, {items} items-{dtype}"] = partial(
+            swiglu, (32, 32), dtype, 5, "all", up_pattern="balanced", **cut
+        )
+    for swap in (False, True):
+        # more than one turn of two blocks
+        fast[f"tma-pairs-swap {swap}"] = partial(
+            linear, "tma", (32, 16), "fp16", 33, "even", swap=swap
+        )
     for name, dtype in itertools.product(("matmul", "tma"), DTYPES):
         fast[f"{name}-swapped-{dtype}"] = partial(linear, name, (32, 16), dtype, 33, swap=True)
     for layout in ("rows", "odd"):
@@ -350,8 +359,8 @@ def _cases() -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None
     for name in ("matmul", "decode"):
         fast[f"{name}-tile of the tables"] = partial(default_tile, name)
     fast |= {f"decode-repeats-{tokens} tokens": partial(repeats, tokens) for tokens in (1, 5)}
-    for split in (1, 2, 3, 5):
-        fast[f"decode-split {split}"] = partial(split_does_not_change_the_sum, split)
+    for items in (1, 2, 3, 5, 80):
+        fast[f"decode-{items} items"] = partial(items_do_not_change_the_sum, items)
     fast["decode-more blocks than items"] = more_blocks_than_a_row_of_items
     for name in (*LINEAR, "grad_input"):
         fast[f"{name}-absent blocks"] = partial(absent_blocks_are_not_multiplied, name)

@@ -31,6 +31,9 @@ def mask_of(pattern: str, seed: int = 0) -> Tensor:
         mask[0, 4] = mask[1, :] = mask[2, [0, 3, 4]] = True
     elif pattern == "one":
         mask[2, 4] = True
+    elif pattern == "even":
+        # two pairs of blocks a row
+        mask[:, [0, 1, 3, 4]] = True
     elif pattern == "all":
         mask[:] = True
     return mask
@@ -55,7 +58,7 @@ def tile_of(dtype: torch.dtype, **changes: int) -> Any:
     from llmprune_kernels.tiles import Tile
 
     step = 32 if dtype == torch.float32 else 64
-    sizes = {"block_m": 16, "num_warps": 4, "num_stages": 3, "step": step, "group": 2, "split": 1}
+    sizes = {"block_m": 16, "num_warps": 4, "num_stages": 3, "step": step, "group": 2, "items": 8}
     return Tile(**sizes | changes)
 
 

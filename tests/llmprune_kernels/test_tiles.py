@@ -53,7 +53,7 @@ def test_default_table_has_a_tile_that_fits_for_every_problem(arch):
                 assert tile.step <= 4 * (rows if kind == "grad_input" else columns)
             if kind == "decode":
                 assert tile.block_m >= tokens
-                assert tile.split >= 1
+                assert tile.items >= 1
 
 
 def test_default_table_says_that_nobody_measured_it():
@@ -94,12 +94,14 @@ def test_tile_is_made_to_fit_stages_first():
     assert tiles.fit("matmul", wanted, PROBLEM, H200) == wanted
 
 
-def test_decode_splits_more_when_there_are_few_rows():
-    few = tiles.choose_tile("decode", H200, Problem(1, 1024, 8192, 0.5, (128, 32), torch.float16))
-    many = tiles.choose_tile("decode", H200, Problem(1, 65536, 8192, 0.5, (128, 32), torch.float16))
-    assert few.split < many.split
+def test_decode_shares_more_when_there_are_few_rows():
+    tile = Tile(8, 4, 4)
+    few = Problem(1, 1024, 8192, 0.5, (128, 32), torch.float16)
+    many = replace(few, out_features=65536)
+    assert tiles.fit("decode", tile, few, H200).items > tiles.fit("decode", tile, many, H200).items
     # an item is never shorter than 256 inner elements
-    assert few.split * 32 >= 256
+    assert tiles.fit("decode", tile, few, H200).items <= 8192 * 0.5 / 256
+    assert tiles.fit("decode", tile, replace(few, density=0.01), H200).items == 1
 
 
 @pytest.mark.parametrize(
@@ -137,13 +139,33 @@ def test_an_architecture_is_that_of_the_build(gfx, is_amd, arch):
     assert tiles.arch_of(found, is_amd=is_amd) == arch
 
 
-def test_rows_in_parts_are_not_split_where_there_are_enough(tables):
+def test_rows_in_parts_are_not_shared_where_there_are_enough():
     tile = Tile(8, 2, 5, rows=32)
-    write(tables / "tiles-nvidia-h200.json", entry(tile, kind="decode", tokens=1))
     tall = Problem(1, 14336, 4096, 0.5, (128, 32), torch.bfloat16)
     wide = replace(tall, out_features=4096, in_features=14336)
-    assert tiles.choose_tile("decode", H200, tall).split == 64
-    assert tiles.choose_tile("decode", H200, wide).split < 112
+    assert tiles.fit("decode", tile, tall, H200).items == 1
+    assert tiles.fit("decode", tile, wide, H200).items > 1
+
+
+@pytest.mark.parametrize("per_row", [1, 63, 64, 65, 300])
+def test_one_item_is_a_whole_row_whatever_its_length(per_row):
+    """A row a little longer than the one that was tuned would cost a second launch."""
+    decode = pytest.importorskip("llmprune_kernels.decode")
+    split, items = decode.split_rows(Tile(8, 2, 5, rows=32, items=1), (128, 32), per_row)
+    assert items == 1
+    assert split >= per_row
+    split, items = decode.split_rows(Tile(8, 2, 5, items=4), (128, 32), per_row)
+    assert items * split >= per_row
+    assert items <= 4
+
+
+@pytest.mark.parametrize("missing", ["us", "tokens", "density"])
+def test_a_time_without_its_problem_is_refused(tables, missing):
+    timed = entry(Tile(32, 2, 2), us=1.0, dense_us=2.0, tokens=16, density=0.5)
+    del timed[missing]
+    write(tables / "tiles-nvidia-h200.json", timed)
+    with pytest.raises(ValueError, match=rf"tiles\[0\]: '{missing}'"):
+        tiles.choose_tile("matmul", H200, PROBLEM)
 
 
 @pytest.mark.parametrize("rows", [8, 24])
