@@ -96,8 +96,7 @@ class Tables:
         note = (
             f"\n{self.jobs} processes shared the device, so seconds are those of a crowded one and "
             "tell nothing about a method alone. Gates train on whole batches at once (on the CPU "
-            "row by row); the model is the GGUF file of the CPU's figures, unpacked beforehand. "
-            "Rows and stages without a figure were not reached in the time that was given.\n"
+            "row by row). Rows and stages without a figure were not computed.\n"
         )
         save_text(whole.to_markdown() + note, self.folder / f"{name}.md")
         save_text(whole.to_json(), self.folder / f"{name}.json")
@@ -127,7 +126,10 @@ def main() -> int:
     (out / "results").mkdir(parents=True, exist_ok=True)
     recipes: list[Recipe] = [recipe for block in blocks for recipe in block.recipes()]
     crew = Crew(arguments.jobs, out, recipes)
-    command = f"python eval/benchmarks/quality_gpu.py --out FOLDER --parts {arguments.parts}"
+    command = (
+        "python eval/benchmarks/quality_gpu.py --out FOLDER "
+        f"--parts {arguments.parts} --jobs {arguments.jobs}"
+    )
     tables = Tables(blocks, arguments.results, command, arguments.jobs)
     known = stored(StoredResults(out / "results"))
 
