@@ -40,7 +40,9 @@ def render_table(report: BenchReport) -> Table:
 def to_markdown(report: BenchReport) -> str:
     """Warnings, the table and its notes as GitHub Markdown."""
     columns = columns_of(report)
-    lines = [columns, ("---", *["---:"] * (len(columns) - 1)), *table_rows(report)]
+    lines = [columns, ("---", *["---:"] * (len(columns) - 1))]
+    # a point's name stands alone in its row
+    lines += [row if any(row[1:]) else (f"**{row[0]}**", *row[1:]) for row in table_rows(report)]
     table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
     warnings = [f"**WARNING: {warning}**\n" for warning in report.warnings]
     return "\n".join([*warnings, *table, "", *(f"- {note}" for note in notes_of(report))]) + "\n"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from llmprune.model_card import model_card
+from llmprune.model_card import Findings, model_card
 from llmprune.publication import read_publication
 from llmprune_eval.report import TextResult, to_markdown
 from tests.llmprune.hub_runs import (
@@ -29,8 +29,7 @@ def write(tmp_path: Path, saved_folder: Path) -> Any:
         return model_card(
             read_publication(run),
             "ann/small",
-            report=report,
-            table=to_markdown(report),
+            Findings(report, to_markdown(report)),
             dense_card=dense_card,
         )
 
