@@ -67,9 +67,9 @@ def model_card(
         f"pruning ({report.dense.parameters / 1e6:.1f} M -> "
         f"{report.pruned.parameters / 1e6:.1f} M), made with llmprune.",
         f"## Dense and pruned\n\n{findings.table.strip()}",
+        _samples(recipe, report),
         _tasks(evaluation, findings.evaluation_table),
         _latency(findings.bench, findings.bench_table),
-        _samples(recipe, report),
         f"## Known limits\n\n{_bullets(_limits(publication, findings, dense_card))}",
         f"## Load it\n\n{_loading(publication, repo)}",
         f"## How it was made\n\n{_bullets(_protocol(recipe, verification))}",

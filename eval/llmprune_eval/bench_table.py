@@ -81,7 +81,8 @@ def notes_of(report: BenchReport) -> list[str]:
     ]
     if report.backend == "compile":
         notes.append(
-            "compile: torch.compile with a KV cache of fixed size; peak memory is of eager"
+            "compile: torch.compile with a KV cache of fixed size, on a GPU as CUDA graphs; peak "
+            "memory is of eager"
         )
     for point in report.points:
         for label, model in point.models.items():
