@@ -22,6 +22,7 @@ from llmprune.cli_shared import (
     console,
     quieten_transformers,
     recipe_of,
+    warn,
 )
 from llmprune.errors import InputError
 from llmprune.export import FileType, ServingFormat
@@ -98,8 +99,9 @@ def prune(
         result = run(read, folder, resume=resume, on_progress=on_progress)
     if result is None:
         return
-    from llmprune_eval.report import render_table
+    from llmprune_eval.report import busy_warnings, render_table
 
+    warn(busy_warnings(result.report))
     console.print(render_table(result.report))
     for name, sample in result.report.samples.items():
         console.print(f"{name}: {' '.join(sample.split())}", markup=False, soft_wrap=True)

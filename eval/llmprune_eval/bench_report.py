@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from llmprune_eval.intervals import Ratio
 from llmprune_eval.peak_memory import PeakMemory
 from llmprune_eval.roofline import Rates
-from llmprune_eval.shared_time import is_shared, whose_time
+from llmprune_eval.shared_time import QUIETER, is_shared, whose_time
 
 BENCH_FORMAT = "llmprune-bench/1"
 # An interval that holds 1.0 and runs further than this apart decides nothing: with a narrower one
@@ -192,7 +192,7 @@ def _why(found: Comparison, first: str, label: str) -> str:
     waited = dict(zip((first, label), found.waited, strict=True))
     if not is_shared(max(found.waited)):
         return "take more --rounds or a quieter machine"
-    return f"{whose_time(waited)}, which no --rounds mend; take a quieter machine"
+    return f"{whose_time(waited)}, which no --rounds mend; {QUIETER}"
 
 
 def _long_times(point: Point) -> Iterator[str]:
@@ -204,7 +204,7 @@ def _long_times(point: Point) -> Iterator[str]:
             if is_shared(share):
                 yield (
                     f"{point.name}, {title}: {whose_time({label: share})}, which is too long by "
-                    "that; take a quieter machine"
+                    f"that; {QUIETER}"
                 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 # A time of which the processor was away for more than this share decides nothing: what is left is
 # decided by other programs, and they do not share themselves out evenly over two models.
 MOST_WAITED = 0.10
+QUIETER = "take a quieter machine"
 
 
 def is_shared(waited: float) -> bool:

@@ -383,7 +383,7 @@ def test_a_gpu_runs_compiled_models_as_cuda_graphs_and_a_cpu_does_not(
     with torch.no_grad():
         caches = bench_module._prepare({"dense": model}, prompt, settings)
     assert asked == [{"dynamic": False, "mode": mode}]
-    assert caches["dense"].max_cache_len == 8
+    assert caches["dense"].layers[0].max_cache_len == 8
     assert bench_module._prepare({"dense": model}, prompt, BenchSettings()) == {"dense": None}
     assert len(asked) == 1
 
