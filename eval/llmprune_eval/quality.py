@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llmprune.errors import InputError
 from llmprune.recipe import PerplexityTask, Recipe
 from llmprune.texts import read_texts, text_name
+from llmprune_eval.data_files import MissingRowsError, all_missing
 from llmprune_eval.documents import encode_documents
 from llmprune_eval.evaluation import different_texts
 from llmprune_eval.figures import Outcome, judge, measured_figures, task_figures, text_figures
@@ -114,9 +115,16 @@ def _prepare(suite: Suite, data: Path | None, stack: ExitStack) -> tuple[Prepare
         if error.name != "lm_eval":
             raise
         raise InputError(f"tasks need lm-eval, which is not installed; {INSTALL}") from error
-    return tuple(
-        stack.enter_context(PreparedTask(name, task, data)) for name, task in suite.tasks.items()
-    )
+    prepared: list[PreparedTask] = []
+    missing: list[MissingRowsError] = []
+    for name, task in suite.tasks.items():
+        try:
+            prepared.append(stack.enter_context(PreparedTask(name, task, data)))
+        except MissingRowsError as error:
+            missing.append(error)
+    if missing:
+        raise all_missing(missing, [task.name for task in prepared])
+    return tuple(prepared)
 
 
 def _check_data(subjects: tuple[Subject, ...], fingerprints: dict[str, str], work: _Work) -> None:
