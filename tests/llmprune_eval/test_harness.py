@@ -352,6 +352,21 @@ def test_what_is_stored_is_not_run_again_unless_something_differs(dense, data, t
     assert run_again(model=moved, data=changed, limit=5)
 
 
+def test_scores_of_another_device_are_not_taken_for_this_ones(dense, data, tmp_path, monkeypatch):
+    out, seen = tmp_path / "out", []
+
+    def run_on(device):
+        seen.clear()
+        monkeypatch.setattr("llmprune_eval.report._device_name", lambda _: device)
+        asked = {"tasks": "piqa", "limit": 4, "on_progress": lambda task, *_: seen.append(task)}
+        assert run(dense, out, data=data, **asked).environment["device"] == device
+        return any("piqa" in task for task in seen)
+
+    assert run_on("one")
+    assert not run_on("one")
+    assert run_on("another")
+
+
 # published figures
 
 RECIPE = {"model": {"source": "unused"}, "prune": {"mlp_channels": {"sparsity": 0.5}}}
