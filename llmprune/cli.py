@@ -22,6 +22,7 @@ from llmprune.cli_shared import (
     console,
     quieten_transformers,
     recipe_of,
+    warn,
 )
 from llmprune.errors import InputError
 from llmprune.export import FileType, ServingFormat
@@ -98,8 +99,9 @@ def prune(
         result = run(read, folder, resume=resume, on_progress=on_progress)
     if result is None:
         return
-    from llmprune_eval.report import render_table
+    from llmprune_eval.report import busy_warnings, render_table
 
+    warn(busy_warnings(result.report))
     console.print(render_table(result.report))
     for name, sample in result.report.samples.items():
         console.print(f"{name}: {' '.join(sample.split())}", markup=False, soft_wrap=True)
@@ -196,8 +198,9 @@ def push(
     from llmprune.display import upload_table
     from llmprune.hub import Target, card_upload, known_token
     from llmprune.hub import push as run
-    from llmprune.model_card import model_card
+    from llmprune.model_card import Findings, model_card
     from llmprune.publication import read_publication
+    from llmprune_eval.bench_table import to_markdown as bench_to_markdown
     from llmprune_eval.quality_report import to_markdown as evaluation_to_markdown
     from llmprune_eval.report import EvalReport, to_markdown
     from llmprune_eval.results_of_run import read_bench, read_evaluation
@@ -209,19 +212,18 @@ def push(
     target = Target(repo, revision, private, create_pr, message)
     publication = read_publication(folder, known_token())
     report = EvalReport.from_json((folder / "report.json").read_text(encoding="utf-8"))
-    evaluation = read_evaluation(folder)
-    read_bench(folder)
+    evaluation, bench = read_evaluation(folder), read_bench(folder)
+    findings = Findings(
+        report=report,
+        table=to_markdown(report),
+        evaluation=evaluation,
+        evaluation_table="" if evaluation is None else evaluation_to_markdown(evaluation),
+        bench=bench,
+        bench_table="" if bench is None else bench_to_markdown(bench),
+    )
 
     def write_card(dense_card: ModelCardData | None) -> str:
-        return model_card(
-            publication,
-            repo,
-            report=report,
-            table=to_markdown(report),
-            dense_card=dense_card,
-            evaluation=evaluation,
-            evaluation_table="" if evaluation is None else evaluation_to_markdown(evaluation),
-        )
+        return model_card(publication, repo, findings, dense_card=dense_card)
 
     uploads = (*publication.uploads, card_upload(write_card(None)))
     console.print(upload_table(uploads, publication.left_out, repo))

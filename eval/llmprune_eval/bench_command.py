@@ -11,7 +11,8 @@ from llmprune.display import progress_bars
 from llmprune.errors import InputError
 from llmprune.files import save_text
 from llmprune_eval.bench import BenchSettings, bench
-from llmprune_eval.bench_report import BenchReport, notes_of, render_table
+from llmprune_eval.bench_report import BenchReport
+from llmprune_eval.bench_table import notes_of, render_table
 from llmprune_eval.subjects import Dtype, Subject, subjects_of
 
 

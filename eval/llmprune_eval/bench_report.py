@@ -1,27 +1,22 @@
-"""BenchReport: what `llmprune bench` found, as JSON, a terminal table and notes."""
+"""BenchReport: what `llmprune bench` found, as JSON, with its verdicts and warnings."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from llmprune_eval.intervals import Ratio
 from llmprune_eval.peak_memory import PeakMemory
 from llmprune_eval.roofline import Rates
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from llmprune_eval.shared_time import QUIETER, is_shared, whose_time
 
 BENCH_FORMAT = "llmprune-bench/1"
 # An interval that holds 1.0 and runs further than this apart decides nothing: with a narrower one
 # a difference above about 5 % would have been seen.
 WIDEST = 1.10
-# Nor does a time of which the processor was away for more than this share: what is left is decided
-# by other programs, and they do not share themselves out evenly over two models.
-MOST_WAITED = 0.10
 Verdict = Literal["faster", "slower", "same", "too noisy"]
 PhaseName = Literal["first_token", "decode"]
 PHASES: dict[PhaseName, str] = {"first_token": "first token", "decode": "decode step"}
@@ -154,7 +149,7 @@ def times_of(values: Sequence[float]) -> Times:
 
 def judge(ratio: Ratio, waited: float = 0.0) -> Verdict:
     """What a ratio of times decides, where the processor was away for that share of a time."""
-    if ratio.low is None or ratio.high is None or waited > MOST_WAITED:
+    if ratio.low is None or ratio.high is None or is_shared(waited):
         return "too noisy"
     if ratio.conclusive:
         return "faster" if ratio.high < 1.0 else "slower"
@@ -171,7 +166,7 @@ def noise_warnings(points: Sequence[Point]) -> Iterator[str]:
                 if found.verdict == "too noisy":
                     yield (
                         f"{point.name}, {title}: too noisy to conclude, {label} took "
-                        f"{_interval(found.ratio)}; {_why(found, first, label)}"
+                        f"{ratio_text(found.ratio)}; {_why(found, first, label)}"
                     )
         if not point.comparisons:
             yield from _long_times(point)
@@ -182,7 +177,7 @@ def noise_warnings(points: Sequence[Point]) -> Iterator[str]:
             if found.verdict in ("faster", "slower"):
                 yield (
                     f"{point.name}, {title}: do not trust the comparison: the first model against "
-                    f"itself took {_interval(found.ratio)}, which must hold 1"
+                    f"itself took {ratio_text(found.ratio)}, which must hold 1"
                 )
         for label, model in point.models.items():
             if not model.steady:
@@ -194,13 +189,10 @@ def noise_warnings(points: Sequence[Point]) -> Iterator[str]:
 
 def _why(found: Comparison, first: str, label: str) -> str:
     """Why a comparison is too noisy, and what would help."""
-    if max(found.waited) <= MOST_WAITED:
+    waited = dict(zip((first, label), found.waited, strict=True))
+    if not is_shared(max(found.waited)):
         return "take more --rounds or a quieter machine"
-    shares = f"{found.waited[0]:.0%} of {first}'s time and {found.waited[1]:.0%} of {label}'s"
-    return (
-        f"other programs had the processor for {shares}, which no --rounds mend; take a quieter "
-        "machine"
-    )
+    return f"{whose_time(waited)}, which no --rounds mend; {QUIETER}"
 
 
 def _long_times(point: Point) -> Iterator[str]:
@@ -208,136 +200,16 @@ def _long_times(point: Point) -> Iterator[str]:
     for label, model in point.models.items():
         for phase, title in PHASES.items():
             waited: tuple[float, ...] = getattr(model, phase).waited
-            if waited and statistics.median(waited) > MOST_WAITED:
+            share = statistics.median(waited) if waited else 0.0
+            if is_shared(share):
                 yield (
-                    f"{point.name}, {title}: other programs had the processor for "
-                    f"{statistics.median(waited):.0%} of {label}'s time, which is too long by "
-                    "that; take a quieter machine"
+                    f"{point.name}, {title}: {whose_time({label: share})}, which is too long by "
+                    f"that; {QUIETER}"
                 )
 
 
-def render_table(report: BenchReport) -> Table:
-    """The report as a rich table: a column a model, and one a comparison with the first."""
-    from rich.table import Table
-
-    first, *others = report.models
-    table = Table("")
-    for label in (first, *others):
-        table.add_column(label, justify="right")
-    for label in others:
-        table.add_column(f"{label} / {first}", justify="right")
-    for row in _model_rows(report):
-        table.add_row(row.label, *row.values, *row.ratios)
-    for point in report.points:
-        table.add_section()
-        table.add_row(point.name)
-        for row in _point_rows(point):
-            table.add_row(row.label, *row.values, *row.ratios)
-    return table
-
-
-def notes_of(report: BenchReport) -> list[str]:
-    """How it was measured, and on what."""
-    names = [
-        f"{label}: {facts.name}, {facts.form}, {facts.dtype}, attention {facts.attention}"
-        for label, facts in report.models.items()
-    ]
-    rates = next(iter(report.models.values())).rates
-    notes = [
-        *names,
-        f"batch x context tokens, then {report.new_tokens} steps; medians of {report.rounds} "
-        "rounds (quartiles); ratios of times are paired by round, with a 95 % interval; peak "
-        "memory is the model's share",
-        f"roofline: {rates.flops_per_s / 1e9:.0f} GFLOP/s and {rates.bytes_per_s / 1e9:.1f} GB/s "
-        "measured at the start (of the first model); the share of the median that it explains",
-    ]
-    if report.backend == "compile":
-        notes.append(
-            "compile: torch.compile with a KV cache of fixed size; peak memory is of eager"
-        )
-    for point in report.points:
-        for label, model in point.models.items():
-            notes += [f"{point.name}, {label}: {note}" for note in model.backends]
-    environment = "; ".join(f"{key} {value}" for key, value in report.environment.items())
-    return [*notes, environment]
-
-
-class _Row(NamedTuple):
-    label: str
-    values: list[str]
-    ratios: list[str]
-
-
-def _model_rows(report: BenchReport) -> list[_Row]:
-    facts = list(report.models.values())
-    return [
-        _counts(
-            "parameters",
-            [f"{f.parameters / 1e6:.2f} M" for f in facts],
-            [f.parameters for f in facts],
-        ),
-        _counts(
-            "weights on disk",
-            [_mib(f.weight_bytes) for f in facts],
-            [f.weight_bytes for f in facts],
-        ),
-        _counts(
-            "load time",
-            [f"{f.load_s.median:.2f} s" for f in facts],
-            [f.load_s.median for f in facts],
-        ),
-    ]
-
-
-def _point_rows(point: Point) -> list[_Row]:
-    models = list(point.models.values())
-    compared = list(point.comparisons.values())
-    rows = []
-    for phase, title in PHASES.items():
-        phases: list[Phase] = [getattr(model, phase) for model in models]
-        found: list[Comparison] = [getattr(comparison, phase) for comparison in compared]
-        rows += [
-            _Row(f"  {title}", [_times(p.ms) for p in phases], [_cell(c) for c in found]),
-            _Row("    roofline", [_share(p) for p in phases], [f"{c.roofline:.3f}" for c in found]),
-        ]
-        if point.control is not None:
-            control: Comparison = getattr(point.control, phase)
-            rows.append(_Row("    against itself", [_cell(control)], []))
-    speeds = [f"{model.decode_tokens_per_s:.1f}" for model in models]
-    rows.append(_Row("  tokens a second", speeds, []))
-    memory = [model.peak_memory for model in models]
-    shares = [None if peak is None else peak.model_bytes for peak in memory]
-    if None not in shares:
-        known = [share for share in shares if share is not None]
-        rows.append(_counts("  peak memory", [_mib(share) for share in known], known))
-    return rows
-
-
-def _counts(label: str, shown: list[str], values: Sequence[float]) -> _Row:
-    first, *others = values
-    return _Row(label, shown, [f"{other / first:.3f}" if first else "" for other in others])
-
-
-def _times(times: Times) -> str:
-    return f"{times.median:.1f} ms ({times.quartiles[0]:.1f} to {times.quartiles[1]:.1f})"
-
-
-def _share(phase: Phase) -> str:
-    return f"{phase.roofline_ms:.1f} ms, {phase.roofline_ms / phase.ms.median:.0%}"
-
-
-def _cell(comparison: Comparison) -> str:
-    ratio = comparison.ratio
-    if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.3f} {comparison.verdict}"
-    return f"{_interval(ratio)} {comparison.verdict}"
-
-
-def _interval(ratio: Ratio) -> str:
+def ratio_text(ratio: Ratio) -> str:
+    """A ratio of times with its interval."""
     if ratio.low is None or ratio.high is None:
         return f"x {ratio.value:.3f}"
     return f"x {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.0f} MiB"

@@ -191,7 +191,7 @@ def _section(block: BlockTable) -> list[str]:
         if has_final:
             cells.append(_bold(_value(row.final), best_final == row.method))
         lines.append(_line([*cells, _ratio_cell(block, row)]))
-    lines += ["", *_refusals(block), *_sentences(block)]
+    lines += ["", *_refusals(block), *_sentences(block), *_devices(block)]
     return lines
 
 
@@ -295,6 +295,23 @@ def _sentence(block: BlockTable, stage: Stage) -> str:
             verb = "better" if (row.mean(stage) or 0) < (first.mean(stage) or 0) else "not better"
             text += f"; {row.label}: {row.mean(stage):.2f}, {verb} than the best"
     return text + "."
+
+
+def _devices(block: BlockTable) -> list[str]:
+    """Who was measured on which device; nothing where all were on one."""
+    measured: dict[str, list[Result | None]] = {"dense": [block.dense, block.dense_final]}
+    for row in block.rows:
+        seeded = [result for stage in row.stages.values() for result in stage.results]
+        measured[row.label] = [*seeded, row.final]
+    found: dict[str, list[str]] = {}
+    for label, results in measured.items():
+        names = [str(r.environment.get("device", "not recorded")) for r in results if r is not None]
+        for name in dict.fromkeys(names):
+            found.setdefault(name, []).append(label)
+    if len(found) < 2:
+        return []
+    each = "; ".join(f"on {name}: {', '.join(labels)}" for name, labels in found.items())
+    return [f"- several devices, seconds compare only within one; {each}."]
 
 
 def _against(best: Row, other: Row, stage: Stage) -> str:

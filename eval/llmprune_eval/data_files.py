@@ -44,21 +44,33 @@ class DataFile:
         return DataFile(name, rows, hashlib.sha256(content).hexdigest())
 
 
-def find_file(folder: Path, stem: str, *, is_needed: bool) -> Path | None:
-    """`stem`.jsonl or .jsonl.gz in the folder; None where it isn't there.
+class MissingRowsError(InputError):
+    """A task's rows are not in the folder of data; `stem` is the file without its ending."""
 
-    Raises:
-        InputError: It isn't there and is needed.
-    """
-    for ending in (".jsonl", ".jsonl.gz"):
-        if (folder / f"{stem}{ending}").is_file():
-            return folder / f"{stem}{ending}"
-    if is_needed:
-        raise InputError(
-            f"--data: must hold {stem}.jsonl or {stem}.jsonl.gz, found neither in {folder}; leave "
-            "the task out with --tasks, or leave --data out to take it from the Hub"
+    def __init__(self, task: str, stem: str, folder: Path) -> None:
+        super().__init__(
+            f"{task}: --data must hold {stem}.jsonl or {stem}.jsonl.gz, found neither in {folder}; "
+            "leave the task out with --tasks, or leave --data out to take it from the Hub"
         )
-    return None
+        self.task, self.stem, self.folder = task, stem, folder
+
+
+def find_file(folder: Path, stem: str) -> Path | None:
+    """`stem`.jsonl or .jsonl.gz in the folder; None where it isn't there."""
+    files = [folder / f"{stem}{ending}" for ending in (".jsonl", ".jsonl.gz")]
+    return next((file for file in files if file.is_file()), None)
+
+
+def all_missing(missing: Sequence[MissingRowsError], found: Sequence[str]) -> InputError:
+    """One error for all tasks without rows; `found` are the tasks that have theirs."""
+    if len(missing) == 1:
+        return missing[0]
+    tasks = ", ".join(f"{error.task} ({error.stem})" for error in missing)
+    advice = f"leave them out with --tasks {','.join(found)}, or " if found else ""
+    return InputError(
+        f"--data must hold the rows of every task, as .jsonl or .jsonl.gz; {missing[0].folder} has "
+        f"none of {tasks}; {advice}leave --data out to take all from the Hub"
+    )
 
 
 def split_rows(

@@ -20,7 +20,7 @@ from llmprune_eval.documents import encode_documents
 from llmprune_eval.peak_memory import PeakMemory, measure_peak_memory
 from llmprune_eval.perplexity import Perplexity, measure_perplexity
 from llmprune_eval.report import EvalReport, LatencyResult, ModelSize, TextResult, environment
-from llmprune_eval.speed import SpeedReport, measure_phase, measure_speed
+from llmprune_eval.speed import Latency, SpeedReport, measure_phase, measure_speed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,13 +142,14 @@ def check_promise(
         budget,
         on_round=lambda done, total: on_progress("latency budget", done, total),
     )
-    again = {name: getattr(speed, budget.phase).median_ms for name, speed in report.models.items()}
+    again: dict[str, Latency] = {n: getattr(m, budget.phase) for n, m in report.models.items()}
     return LatencyResult(
         phase=budget.phase,
         batch_size=budget.batch_size,
         context=budget.context,
         predicted={"dense": promise.dense_ms, "pruned": promise.pruned_ms},
-        measured=again,
+        measured={name: latency.median_ms for name, latency in again.items()},
+        waited={name: latency.waited for name, latency in again.items()},
         ratio=getattr(report.ratios["pruned"], budget.phase),
     )
 

@@ -73,8 +73,8 @@ class PreparedTask:
                     "name a folder of local files with --data (docs/evaluation.md)"
                 ) from error
 
-    def key(self, model: str) -> TaskKey:
-        """What scores of this task are stored under, for a model's fingerprint."""
+    def key(self, model: str, device: str) -> TaskKey:
+        """What scores of this task are stored under, for a model's fingerprint on a device."""
         return TaskKey(
             model=model,
             task=self.name,
@@ -82,6 +82,7 @@ class PreparedTask:
             num_fewshot=self.task.num_fewshot,
             data=self.written.data,
             version=VERSION,
+            device=device,
         )
 
 

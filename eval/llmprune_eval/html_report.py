@@ -21,10 +21,11 @@ from llmprune_eval.measured_sections import (
 from llmprune_eval.page import absent, folded, page, paragraph, percent, section, table
 from llmprune_eval.perplexity_intervals import paired_ratio
 from llmprune_eval.pictures.kept_units import KIND_NAMES, kept_model
-from llmprune_eval.report import COLUMNS, figure_notes, figure_rows
+from llmprune_eval.report import COLUMNS, busy_warnings, figure_notes, figure_rows
 from llmprune_eval.report_sections import kept_section, scores_section
 from llmprune_eval.rivals import BlockOfRivals, read_comparison
 from llmprune_eval.run_record import RunRecord, read_run
+from llmprune_eval.shared_time import is_shared
 
 if TYPE_CHECKING:
     from llmprune.recipe import Recipe
@@ -130,9 +131,11 @@ def _tiles(report: EvalReport | None) -> Markup:
         tiles.append(_tile(label, ratio.value, values, _interval(ratio)))
     if report.speed is not None:
         for phase, ratio in vars(report.speed.ratios["pruned"]).items():
-            times = [getattr(report.speed.models[m], phase).median_ms for m in ("dense", "pruned")]
-            values = f"{times[0]:.1f} {_TO} {times[1]:.1f} ms"
-            tiles.append(_tile(f"{phase} time", ratio.value, values, _interval(ratio)))
+            timed = [getattr(report.speed.models[m], phase) for m in ("dense", "pruned")]
+            values = f"{timed[0].median_ms:.1f} {_TO} {timed[1].median_ms:.1f} ms"
+            noisy = is_shared(max(latency.waited for latency in timed))
+            decides = "too noisy to conclude" if noisy else _interval(ratio)
+            tiles.append(_tile(f"{phase} time", ratio.value, values, decides))
     return element("ul", *tiles, class_="tiles")
 
 
@@ -162,7 +165,9 @@ def _figures_section(report: EvalReport | None) -> Markup:
     if report is None:
         return section(heading, absent("Nothing was measured in this run yet."))
     notes = element("ul", *(element("li", note) for note in figure_notes(report)), class_="note")
-    return section(heading, table("Figures of both models", COLUMNS, figure_rows(report)), notes)
+    warnings = [absent(f"Warning: {warning}.") for warning in busy_warnings(report)]
+    figures = table("Figures of both models", COLUMNS, figure_rows(report))
+    return section(heading, *warnings, figures, notes)
 
 
 def _repeat_section(run: RunRecord) -> Markup:

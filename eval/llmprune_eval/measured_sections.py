@@ -156,7 +156,7 @@ def latency_section(run: RunRecord) -> Markup:
         return section(heading, absent("No latency was measured in this run."))
     parts = []
     if report.speed is not None:
-        parts += _speed_parts(report.speed)
+        parts += _speed_parts(report.speed, str(report.environment.get("device", "")))
     if report.latency is not None:
         parts += _promise_parts(report.latency)
     if report.backends:
@@ -164,7 +164,8 @@ def latency_section(run: RunRecord) -> Markup:
     return section(heading, *parts)
 
 
-def _speed_parts(speed: SpeedReport) -> list[Markup]:
+def _speed_parts(speed: SpeedReport, device: str) -> list[Markup]:
+    """Bars, how they were measured, and their figures; `device` is its name."""
     cells, rows = [], []
     for phase, name in (("prefill", "prefill"), ("decode", "decode, a token")):
         bars = []
@@ -177,7 +178,7 @@ def _speed_parts(speed: SpeedReport) -> list[Markup]:
     caption = (
         f"Bar: median of {speed.rounds} rounds in which dense and pruned take turns; whisker: the "
         f"fastest and the slowest. {speed.batch_size} x {speed.context} tokens, "
-        f"{speed.new_tokens} decode steps, {speed.device}, {speed.dtype}; eager PyTorch."
+        f"{speed.new_tokens} decode steps, {device or speed.device}, {speed.dtype}; eager PyTorch."
     )
     head = ("", "median", "fastest", "slowest")
     return [

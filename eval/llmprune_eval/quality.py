@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llmprune.errors import InputError
 from llmprune.recipe import PerplexityTask, Recipe
 from llmprune.texts import read_texts, text_name
+from llmprune_eval.data_files import MissingRowsError, all_missing
 from llmprune_eval.documents import encode_documents
 from llmprune_eval.evaluation import different_texts
 from llmprune_eval.figures import Outcome, judge, measured_figures, task_figures, text_figures
@@ -50,6 +51,7 @@ class _Work:
     texts: tuple[PerplexityTask, ...]
     tasks: tuple[PreparedTask, ...]
     batch_size: int
+    device: str
     out: Path
     on_progress: OnProgress
 
@@ -87,7 +89,8 @@ def evaluate_quality(
     with ExitStack() as stack:
         tasks = () if suite is None else _prepare(suite, extent.data, stack)
         batch_size = BATCH_SIZE if suite is None else suite.batch_size
-        work = _Work(texts, tasks, batch_size, out, on_progress)
+        machine = _environment(with_harness=suite is not None)
+        work = _Work(texts, tasks, batch_size, str(machine["device"]), out, on_progress)
         _check_data(subjects, fingerprints, work)
         for subject in subjects:
             found[subject.label] = _measure(subject, fingerprints[subject.label], work)
@@ -97,7 +100,7 @@ def evaluate_quality(
     )
     warnings, notes = judge(recipe, suite, measured_figures(text_rows, task_rows, texts))
     return QualityReport(
-        environment=_environment(with_harness=suite is not None),
+        environment=machine,
         models={label: outcome.line for label, outcome in found.items()},
         warnings=tuple(warnings),
         texts=text_rows,
@@ -114,16 +117,23 @@ def _prepare(suite: Suite, data: Path | None, stack: ExitStack) -> tuple[Prepare
         if error.name != "lm_eval":
             raise
         raise InputError(f"tasks need lm-eval, which is not installed; {INSTALL}") from error
-    return tuple(
-        stack.enter_context(PreparedTask(name, task, data)) for name, task in suite.tasks.items()
-    )
+    prepared: list[PreparedTask] = []
+    missing: list[MissingRowsError] = []
+    for name, task in suite.tasks.items():
+        try:
+            prepared.append(stack.enter_context(PreparedTask(name, task, data)))
+        except MissingRowsError as error:
+            missing.append(error)
+    if missing:
+        raise all_missing(missing, [task.name for task in prepared])
+    return tuple(prepared)
 
 
 def _check_data(subjects: tuple[Subject, ...], fingerprints: dict[str, str], work: _Work) -> None:
     """Ask the Hub for the data of every task that will be run."""
     for task in work.tasks:
         for subject in subjects:
-            key = task.key(fingerprints[subject.label])
+            key = task.key(fingerprints[subject.label], work.device)
             if TaskScores.read_if_same(work.scores_file(subject, task), key) is None:
                 task.check_data()
                 break
@@ -161,7 +171,7 @@ def _score(
     """A task's scores, stored or run now."""
     from llmprune_eval.harness import run_task, save_results, scores_of
 
-    key, file = task.key(fingerprint), work.scores_file(subject, task)
+    key, file = task.key(fingerprint, work.device), work.scores_file(subject, task)
     stored = TaskScores.read_if_same(file, key)
     if stored is not None:
         return stored

@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -18,12 +18,14 @@ from llmprune_eval.intervals import Ratio
 from llmprune_eval.peak_memory import PeakMemory
 from llmprune_eval.perplexity import Perplexity
 from llmprune_eval.perplexity_intervals import interval_note, paired_ratio
+from llmprune_eval.shared_time import QUIETER, is_shared, whose_time
 from llmprune_eval.speed import Latency, SpeedReport
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = ("", "dense", "pruned", "pruned / dense")
+_PHASES: dict[str, str] = {"prefill": "prefill", "decode": "decode, a token"}
 
 
 class _Part(BaseModel):
@@ -52,7 +54,8 @@ class LatencyResult(_Part):
     """A latency budget: milliseconds by the table that the plan was chosen by, and measured again.
 
     `predicted` and `measured` map "dense" and "pruned" to milliseconds of the `phase`; `ratio` is
-    that of the new measurement, paired by round.
+    that of the new measurement, paired by round; `waited` maps to the share of its time that the
+    processor was not there.
     """
 
     phase: Literal["prefill", "decode"]
@@ -61,6 +64,7 @@ class LatencyResult(_Part):
     predicted: dict[str, float]
     measured: dict[str, float]
     ratio: Ratio
+    waited: dict[str, float] = {}
 
 
 class EvalReport(_Part):
@@ -139,10 +143,29 @@ def render_table(report: EvalReport) -> Table:
 
 
 def to_markdown(report: EvalReport) -> str:
-    """The same table and notes as GitHub Markdown."""
+    """Warnings, and the same table and notes, as GitHub Markdown."""
     lines = [COLUMNS, ("---", "---:", "---:", "---:"), *figure_rows(report)]
     table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
-    return "\n".join([*table, "", *(f"- {note}" for note in figure_notes(report))]) + "\n"
+    warnings = [f"**WARNING: {warning}**\n" for warning in busy_warnings(report)]
+    notes = [f"- {note}" for note in figure_notes(report)]
+    return "\n".join([*warnings, *table, "", *notes]) + "\n"
+
+
+def busy_warnings(report: EvalReport) -> tuple[str, ...]:
+    """Times that are those of other programs as well, and decide nothing."""
+    waits: dict[str, Mapping[str, float]] = {}
+    if report.speed:
+        for phase, title in _PHASES.items():
+            timed = {n: getattr(report.speed.models[n], phase) for n in ("dense", "pruned")}
+            waits[title] = {name: latency.waited for name, latency in timed.items()}
+    if report.latency:
+        waits[f"{report.latency.phase} budget, measured"] = report.latency.waited
+    return tuple(
+        f"{title}: too noisy to conclude; {whose_time(waited)}; {QUIETER} and time the run again "
+        "with llmprune bench"
+        for title, waited in waits.items()
+        if is_shared(max(waited.values(), default=0.0))
+    )
 
 
 class FigureRow(NamedTuple):
@@ -181,11 +204,11 @@ def _perplexity_row(text: TextResult) -> FigureRow:
 
 
 def _speed_rows(speed: SpeedReport) -> list[FigureRow]:
-    dense, pruned, ratios = speed.models["dense"], speed.models["pruned"], speed.ratios["pruned"]
-    return [
-        _latency_row("prefill", dense.prefill, pruned.prefill, ratios.prefill),
-        _latency_row("decode, a token", dense.decode, pruned.decode, ratios.decode),
-    ]
+    rows = []
+    for phase, title in _PHASES.items():
+        dense, pruned = (getattr(speed.models[name], phase) for name in ("dense", "pruned"))
+        rows.append(_latency_row(title, dense, pruned, getattr(speed.ratios["pruned"], phase)))
+    return rows
 
 
 def _promise_rows(latency: LatencyResult) -> list[FigureRow]:
@@ -201,15 +224,14 @@ def _promise_rows(latency: LatencyResult) -> list[FigureRow]:
             f"{latency.phase} budget, measured",
             f"{again['dense']:.1f} ms",
             f"{again['pruned']:.1f} ms",
-            _ratio_cell(latency.ratio),
+            _ratio_cell(latency.ratio, latency.waited.values()),
         ),
     ]
 
 
 def _latency_row(label: str, dense: Latency, pruned: Latency, ratio: Ratio) -> FigureRow:
-    return FigureRow(
-        label, f"{dense.median_ms:.1f} ms", f"{pruned.median_ms:.1f} ms", _ratio_cell(ratio)
-    )
+    cell = _ratio_cell(ratio, (dense.waited, pruned.waited))
+    return FigureRow(label, f"{dense.median_ms:.1f} ms", f"{pruned.median_ms:.1f} ms", cell)
 
 
 def _memory_rows(dense: PeakMemory, pruned: PeakMemory) -> list[FigureRow]:
@@ -223,10 +245,13 @@ def _count_row(label: str, dense: int, pruned: int, show: Callable[[int], str]) 
     return FigureRow(label, show(dense), show(pruned), f"{pruned / dense:.3f}" if dense else "")
 
 
-def _ratio_cell(ratio: Ratio) -> str:
-    if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.3f}, not conclusive"
-    cell = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+def _ratio_cell(ratio: Ratio, waited: Iterable[float] = ()) -> str:
+    """A ratio with what it decides; `waited`: shares of its times without the processor."""
+    cell = f"{ratio.value:.3f}"
+    if ratio.low is not None and ratio.high is not None:
+        cell += f" ({ratio.low:.3f} to {ratio.high:.3f})"
+    if is_shared(max(waited, default=0.0)):
+        return f"{cell}, too noisy"
     return cell if ratio.conclusive else f"{cell}, not conclusive"
 
 
@@ -262,6 +287,8 @@ def figure_notes(report: EvalReport) -> list[str]:
         notes.append("in-domain: calibration used the same corpus")
     if report.perplexities or report.speed or report.latency:
         notes.append("(low to high): 95 % interval; not conclusive: it holds 1")
+    if busy_warnings(report):
+        notes.append("too noisy: other programs had the processor for part of the time")
     return [*notes, "; ".join(f"{key} {value}" for key, value in report.environment.items())]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,8 +14,10 @@ from llmprune.errors import InputError
 from llmprune.recipe import Budget
 from llmprune_eval.inference import check_count, check_length, device_of, eval_mode
 from llmprune_eval.intervals import Ratio, median_ratio
+from llmprune_eval.shared_time import QUIETER, is_shared, whose_time
 from llmprune_eval.timing import Pass, random_prompt, time_pass, time_rounds, warm_up
 
+logger = logging.getLogger("llmprune")
 # Rounds for a latency budget, and decode steps in each where decoding is what it names.
 PHASE_ROUNDS = 15
 _PHASE_STEPS = 8
@@ -22,11 +25,15 @@ _PHASE_STEPS = 8
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds over the rounds: the median and the fastest and slowest round."""
+    """Milliseconds over the rounds: the median and the fastest and slowest round.
+
+    `waited` is the median share of a round's time, in [0, 1], that the processor was not there.
+    """
 
     median_ms: float
     min_ms: float
     max_ms: float
+    waited: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -160,23 +167,37 @@ def phase_ms(
     *,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Median milliseconds of the phase that a latency budget names, of every model."""
+    """Median milliseconds of the phase that a latency budget names, of every model.
+
+    Warns where other programs had the processor for too much of it.
+    """
     timed = measure_phase(models, budget, on_round=on_round).models
-    return {name: getattr(speed, budget.phase).median_ms for name, speed in timed.items()}
+    found: dict[str, Latency] = {n: getattr(speed, budget.phase) for n, speed in timed.items()}
+    worst = max(found, key=lambda name: found[name].waited)
+    if is_shared(found[worst].waited):
+        logger.warning(
+            "latency table: %s: do not trust the milliseconds of a plan chosen by it; %s",
+            whose_time({worst: found[worst].waited}),
+            QUIETER,
+        )
+    return {name: latency.median_ms for name, latency in found.items()}
 
 
 def _summarise(passes: Sequence[Pass], batch_size: int, warmup_rounds: int) -> ModelSpeed:
-    decode = _latency([timed.decode_ms for timed in passes])
+    decode = _latency([(timed.decode_ms, timed.decode_waited) for timed in passes])
     return ModelSpeed(
-        prefill=_latency([timed.prefill_ms for timed in passes]),
+        prefill=_latency([(timed.prefill_ms, timed.prefill_waited) for timed in passes]),
         decode=decode,
         decode_tokens_per_s=batch_size * 1e3 / decode.median_ms,
         warmup_rounds=warmup_rounds,
     )
 
 
-def _latency(times_ms: Sequence[float]) -> Latency:
-    return Latency(statistics.median(times_ms), min(times_ms), max(times_ms))
+def _latency(rounds: Sequence[tuple[float, float]]) -> Latency:
+    """Of (milliseconds, share of them without the processor), a round each."""
+    times_ms, waited = zip(*rounds, strict=True)
+    middle = statistics.median(times_ms)
+    return Latency(middle, min(times_ms), max(times_ms), statistics.median(waited))
 
 
 def _compare(first: Sequence[Pass], other: Sequence[Pass]) -> SpeedRatio:

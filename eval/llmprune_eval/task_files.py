@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from llmprune.errors import InputError
-from llmprune_eval.data_files import DataFile, find_file, split_rows, write_rows
+from llmprune_eval.data_files import DataFile, MissingRowsError, find_file, split_rows, write_rows
 from llmprune_eval.suite import SuiteTask
 
 Config = dict[str, Any]
@@ -133,7 +133,8 @@ def write_task(
         folder: An empty folder.
 
     Raises:
-        InputError: No such task, or its data files are missing, damaged or lack a column.
+        MissingRowsError: Its data files are not there.
+        InputError: No such task, or its data files are damaged or lack a column.
     """
     if task.include is not None:
         return _write_included(name, task, folder)
@@ -151,7 +152,9 @@ def write_task(
         if not configs:
             raise InputError(f"{name}: no subtask of {group} in lm-eval; name one, or {group}")
     leaves = {path: c for path, c in configs.items() if isinstance(c.get("task"), str)}
-    rows = None if data is None else _Rows(files, data, next(iter(leaves.values())), task)
+    rows = None
+    if data is not None:
+        rows = _Rows(name, files, data, config=next(iter(leaves.values())), task=task)
     for path, config in configs.items():
         changed: Config = {"include": str(path)}
         if path in leaves:
@@ -204,7 +207,9 @@ def _from_hub(configs: Iterable[Config]) -> WrittenTask:
 class _Rows:
     """Local rows of one task or group, given to each subtask."""
 
-    def __init__(self, files: TaskFiles, data: Path, config: Config, task: SuiteTask) -> None:
+    def __init__(
+        self, name: str, files: TaskFiles, data: Path, *, config: Config, task: SuiteTask
+    ) -> None:
         scored = config.get("test_split") or config["validation_split"]
         needed = {scored}
         shots = config.get("num_fewshot") if task.num_fewshot is None else task.num_fewshot
@@ -213,7 +218,9 @@ class _Rows:
         self.files = files
         self.splits: dict[str, DataFile] = {}
         for split, stem in files.data.items():
-            file = find_file(data, stem, is_needed=split in needed)
+            file = find_file(data, stem)
+            if file is None and split in needed:
+                raise MissingRowsError(name, stem, data)
             if file is not None:
                 self.splits[split] = DataFile.read(file, files.columns, data)
         digests = [f"{split} {file.sha256}" for split, file in sorted(self.splits.items())]

@@ -21,7 +21,7 @@ class TaskKey(_Part):
     """What two evaluations must share for one to stand for the other.
 
     `model` is a sha256 of weights, config, tokenizer and dtype; `data` of the rows, or Hub ids;
-    `version` is lm-eval's.
+    `version` is lm-eval's; `device` the name of what computed it, as reports have it.
     """
 
     model: str
@@ -30,6 +30,7 @@ class TaskKey(_Part):
     num_fewshot: int | None
     data: str
     version: str
+    device: str
 
 
 class MetricScores(_Part):

@@ -12,7 +12,19 @@ import yaml
 
 from llmprune.recipe import ModelSource, Recipe
 from llmprune.verification import Verification, model_sha256
-from llmprune_eval.bench_report import BenchReport, ModelFacts, times_of
+from llmprune_eval.bench_report import (
+    BenchReport,
+    Comparison,
+    ModelFacts,
+    Phase,
+    Point,
+    PointComparison,
+    PointModel,
+    judge,
+    times_of,
+)
+from llmprune_eval.intervals import make_ratio
+from llmprune_eval.peak_memory import PeakMemory
 from llmprune_eval.perplexity import Perplexity
 from llmprune_eval.quality_report import (
     Figure,
@@ -120,21 +132,48 @@ def add_results(run: Path, **task: Any) -> tuple[QualityReport, BenchReport]:
 
 
 def bench_of(weight_bytes: dict[str, int]) -> BenchReport:
-    """A report of models of so many bytes that were loaded and not timed."""
+    """A report of models of so many bytes; each is twice as fast and half as large as the last."""
     rates = Rates(flops_per_s=1e9, bytes_per_s=1e9, buffer_bytes=2**20)
     facts = {
         label: ModelFacts(
             name=label,
             form="stored weights",
-            dtype="float32",
+            dtype="bfloat16",
             attention="sdpa",
             parameters=3000,
             weight_bytes=size,
-            load_s=times_of([0.1]),
+            load_s=times_of([0.25 / 2**index]),
             rates=rates,
         )
-        for label, size in weight_bytes.items()
+        for index, (label, size) in enumerate(weight_bytes.items())
     }
+
+    def phase(ms: float) -> Phase:
+        return Phase(ms=times_of([0.9 * ms, ms, 1.1 * ms]), roofline_ms=0.5 * ms)
+
+    models = {
+        label: PointModel(
+            first_token=phase(80.0 / 2**index),
+            decode=phase(16.0 / 2**index),
+            decode_tokens_per_s=62.5 * 2**index,
+            peak_memory=PeakMemory((300 >> index) << 20, 100 << 20, "cpu"),
+            warmup_passes=2,
+            steady=True,
+            backends=(),
+        )
+        for index, label in enumerate(facts)
+    }
+    ratio = make_ratio(0.5, 0.45, 0.55)
+    comparison = Comparison(ratio=ratio, roofline=0.5, verdict=judge(ratio))
+    point = Point(
+        batch_size=1,
+        context=128,
+        models=models,
+        comparisons={
+            label: PointComparison(first_token=comparison, decode=comparison)
+            for label in list(facts)[1:]
+        },
+    )
     return BenchReport(
         environment={"device": "Some CPU"},
         backend="as stored",
@@ -143,7 +182,8 @@ def bench_of(weight_bytes: dict[str, int]) -> BenchReport:
         seed=0,
         load_average=0.1,
         models=facts,
-        points=(),
+        points=(point,),
+        warnings=("other programs ran",),
     )
 
 

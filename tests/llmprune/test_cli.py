@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from llmprune import InputError, cli, load_pruned, training
+from llmprune.pipeline import Pruned
 from llmprune.plan import PrunePlan
 from llmprune.recipe import Recipe
 from llmprune.weight_blocks import BlockPlan
+from tests.llmprune_eval.run_files import a_report
 
 ROOT = Path(__file__).parents[2]
 SENTENCE = "the cat sat on the mat\n"
@@ -220,6 +223,23 @@ def test_a_compensated_run_cuts_what_the_gates_computed_and_keeps_biases(
     plain = tmp_path / "plain"
     assert call(monkeypatch, "prune", recipe_file, "--out", plain) == 0
     assert not any("bias" in n for n in load_file(plain / "model" / "model.safetensors"))
+
+
+def test_a_run_timed_on_a_busy_machine_ends_with_a_warning(
+    monkeypatch, capfd, recipe_file, tmp_path
+):
+    whole = a_report()
+    dense = whole.speed.models["dense"]
+    slowed = replace(dense, prefill=replace(dense.prefill, waited=0.3))
+    speed = replace(whole.speed, models={**whole.speed.models, "dense": slowed})
+    busy = whole.model_copy(update={"speed": speed})
+    for report, is_told in ((busy, True), (whole, False)):
+        found = Pruned(tmp_path, None, report)
+        monkeypatch.setattr("llmprune.pipeline.prune", lambda *a, found=found, **o: found)
+        assert call(monkeypatch, "prune", recipe_file, "--out", tmp_path / "out") == 0
+        told = " ".join(capfd.readouterr().err.split())
+        words = "WARNING: prefill: too noisy to conclude; other programs had the processor for 30%"
+        assert (words in told) is is_told
 
 
 def test_a_plan_written_by_hand_is_cut(monkeypatch, capfd, recipe_file, tmp_path):

@@ -60,11 +60,41 @@ def test_evaluation_and_bench_arrive_and_the_card_has_the_tasks(
     assert entry_of(card)["task"] == {"type": "text-generation"}
 
 
+def test_the_card_has_the_times_of_bench_with_what_they_were_measured_on(
+    server: HubServer, run: Path, push: Any
+) -> None:
+    add_results(run)
+    file = run / "bench.json"
+    # timed on another machine than what the run measured by itself
+    file.write_text(file.read_text().replace("Some CPU", "Some GPU"))
+    assert push(run, REPO)[0] == 0
+    card = server.files(REPO)["README.md"].decode()
+    section = card.partition("## Latency and memory\n")[2].partition("\n## ")[0]
+    for line in (
+        "|  | dense | pruned | pruned / dense |",
+        "| load time | 0.25 s | 0.12 s | 0.500 |",
+        "| **batch 1, context 128** |  |  |  |",
+        "| first token | 80.0 ms (76.0 to 84.0) | 40.0 ms (38.0 to 42.0) "
+        "| x 0.500 (0.450 to 0.550) faster |",
+        "| tokens a second | 62.5 | 125.0 |  |",
+        "| peak memory | 200 MiB | 50 MiB | 0.250 |",
+    ):
+        assert line in section.splitlines()
+    assert section.strip().startswith("Measured by `llmprune bench` on Some GPU")
+    assert "**WARNING: other programs ran**" in section
+    assert "pruned: pruned, stored weights, bfloat16, attention sdpa" in section
+    assert "machine named below each table (Some CPU and Some GPU)" in card
+    assert card.index("## lm-eval tasks") < card.index("## Latency and memory")
+
+
 def test_a_run_without_them_is_pushed_as_before(server: HubServer, run: Path, push: Any) -> None:
     assert push(run, REPO)[0] == 0
     files = server.files(REPO)
     assert not {"llmprune/evaluation.json", "llmprune/bench.json"} & set(files)
-    assert "## lm-eval tasks" not in files["README.md"].decode()
+    card = files["README.md"].decode()
+    assert "## lm-eval tasks" not in card
+    assert "## Latency and memory" not in card
+    assert "machine named below each table (Some CPU);" in card
 
 
 def test_what_goes_up_of_an_evaluation_and_what_stays_is_listed(run: Path) -> None:

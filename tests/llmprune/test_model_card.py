@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from llmprune.model_card import model_card
+from llmprune.model_card import Findings, model_card
 from llmprune.publication import read_publication
 from llmprune_eval.report import TextResult, to_markdown
 from tests.llmprune.hub_runs import (
@@ -29,8 +29,7 @@ def write(tmp_path: Path, saved_folder: Path) -> Any:
         return model_card(
             read_publication(run),
             "ann/small",
-            report=report,
-            table=to_markdown(report),
+            Findings(report, to_markdown(report)),
             dense_card=dense_card,
         )
 
@@ -85,6 +84,7 @@ def test_a_stock_model_is_loaded_without_code(write: Any) -> None:
     card = write()
     assert 'from_pretrained("ann/small")' in card
     assert "vllm serve ann/small" in card
+    assert "llmprune export small small.gguf --format gguf" in card
     assert "trust_remote_code" not in card
 
 
@@ -93,7 +93,10 @@ def test_a_model_whose_layers_differ_says_what_it_needs_and_where_it_fails(write
     assert 'from_pretrained("ann/small", trust_remote_code=True)' in card
     assert 'load_pruned("ann/small")' in card
     assert "vllm serve" not in card
-    assert "not for vLLM" in card
+    assert "as it is, not for vLLM" in card
+    assert "hf download ann/small --local-dir small" in card
+    assert "llmprune export small small-padded --format padded" in card
+    assert "llmprune export small small.gguf --format gguf" in card
 
 
 def test_a_fallback_is_said(write: Any) -> None:

@@ -3,8 +3,10 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM
 
@@ -365,6 +367,25 @@ def test_results_of_a_hub_id_lie_in_runs(tmp_path):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="must be a folder that prune wrote, or that of a model"):
         bench_subjects(str(tmp_path), None, None)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("cuda", "reduce-overhead"), ("cpu", None)])
+def test_a_gpu_runs_compiled_models_as_cuda_graphs_and_a_cpu_does_not(
+    monkeypatch, make_llama, kind, mode
+):
+    model, asked = make_llama(), []
+    monkeypatch.setattr(model, "compile", lambda **options: asked.append(options))
+    # a prompt that stays here whatever device the model is said to be on
+    ids = torch.randint(99, (2, 5))
+    prompt = SimpleNamespace(shape=ids.shape, to=lambda device: ids)
+    monkeypatch.setattr(bench_module, "device_of", lambda model: torch.device(kind))
+    settings = BenchSettings(new_tokens=3, backend="compile")
+    with torch.no_grad():
+        caches = bench_module._prepare({"dense": model}, prompt, settings)
+    assert asked == [{"dynamic": False, "mode": mode}]
+    assert caches["dense"].layers[0].max_cache_len == 8
+    assert bench_module._prepare({"dense": model}, prompt, BenchSettings()) == {"dense": None}
+    assert len(asked) == 1
 
 
 @pytest.mark.slow

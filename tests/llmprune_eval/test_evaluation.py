@@ -4,8 +4,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmprune.checkpoint import save_pruned
-from llmprune.recipe import Recipe
-from llmprune_eval.evaluation import evaluate, generate
+from llmprune.latency import Promise
+from llmprune.recipe import Budget, Recipe
+from llmprune_eval import speed
+from llmprune_eval.evaluation import check_promise, evaluate, generate
+from llmprune_eval.timing import Pass, WarmUp
 
 WORDS = ["<pad>", "<unk>", "the", "cat", "sat", "on", "mat", "a", "dog", "ran"]
 
@@ -94,3 +97,19 @@ def test_generation_is_greedy_and_begins_with_the_prompt(tokenizer):
     for _ in range(24):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
     assert text == tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def test_a_promise_measured_again_keeps_whose_time_it_was(monkeypatch):
+    shares = {16: 0.4, 8: 0.0}
+    monkeypatch.setattr(speed, "warm_up", lambda *arguments: WarmUp(2, steady=True))
+    monkeypatch.setattr(
+        speed,
+        "time_pass",
+        lambda model, *rest: Pass(4.0, 2.0, shares[model.config.intermediate_size]),
+    )
+    budget = Budget(latency=0.8, context=8)
+    promise = Promise(budget, dense_ms=4.0, pruned_ms=2.0)
+    dense, pruned = small_llama(), small_llama(intermediate_size=8)
+    found = check_promise(promise, dense, pruned, lambda *progress: None)
+    assert found.waited == {"dense": 0.4, "pruned": 0.0}
+    assert found.measured == {"dense": 4.0, "pruned": 4.0}

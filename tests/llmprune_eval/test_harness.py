@@ -352,6 +352,21 @@ def test_what_is_stored_is_not_run_again_unless_something_differs(dense, data, t
     assert run_again(model=moved, data=changed, limit=5)
 
 
+def test_scores_of_another_device_are_not_taken_for_this_ones(dense, data, tmp_path, monkeypatch):
+    out, seen = tmp_path / "out", []
+
+    def run_on(device):
+        seen.clear()
+        monkeypatch.setattr("llmprune_eval.report._device_name", lambda _: device)
+        asked = {"tasks": "piqa", "limit": 4, "on_progress": lambda task, *_: seen.append(task)}
+        assert run(dense, out, data=data, **asked).environment["device"] == device
+        return any("piqa" in task for task in seen)
+
+    assert run_on("one")
+    assert not run_on("one")
+    assert run_on("another")
+
+
 # published figures
 
 RECIPE = {"model": {"source": "unused"}, "prune": {"mlp_channels": {"sparsity": 0.5}}}
@@ -471,7 +486,7 @@ def test_damaged_data_files_are_refused(dense, tmp_path, content, message):
 
 
 def test_missing_data_files_are_refused_before_a_model_is_read(dense, data, tmp_path):
-    with pytest.raises(InputError, match=r"must hold piqa/piqa_val\.jsonl or piqa/piqa_val"):
+    with pytest.raises(InputError, match=r"^piqa: --data must hold piqa/piqa_val\.jsonl or pi"):
         run(dense, tmp_path / "out", data=tmp_path, tasks="piqa")
     shots = tmp_path / "s.yaml"
     shots.write_text("name: s\ntasks: {piqa: {num_fewshot: 2}}\n")
@@ -483,6 +498,27 @@ def test_missing_data_files_are_refused_before_a_model_is_read(dense, data, tmp_
     file.unlink()
     with pytest.raises(InputError, match="must hold arc/ARC-Easy_test"):
         run(dense, tmp_path / "out", data=part, tasks="arc_easy")
+
+
+def test_all_tasks_without_rows_are_named_at_once_with_those_that_have_them(dense, data, tmp_path):
+    part = Path(shutil.copytree(data, tmp_path / "part"))
+    for folder in ("boolq", "openbookqa", "lambada"):
+        shutil.rmtree(part / folder)
+    with pytest.raises(InputError) as caught:
+        run(dense, tmp_path / "out", data=part, suite="full")
+    told = str(caught.value)
+    lacking = told.partition("has none of ")[2].partition("; leave them out")[0]
+    present = told.partition("--tasks ")[2].partition(", or leave --data out")[0].split(",")
+    named = [part.partition(" (")[0] for part in lacking.split(", ")]
+    assert set(named) | set(present) == set(TASKS)
+    assert not set(named) & set(present)
+    assert {"boolq", "openbookqa", "lambada_openai"} <= set(named)
+    assert "boolq (boolq/boolq_val)" in lacking
+    assert {"piqa", "arc_challenge"} <= set(present)
+    with pytest.raises(InputError) as caught:
+        run(dense, tmp_path / "out", data=tmp_path, tasks="boolq,mmlu")
+    assert "boolq (boolq/boolq_val), mmlu (mmlu/mmlu_test); leave --data out" in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_network_or_data_the_missing_data_set_is_named(dense, tmp_path, monkeypatch):

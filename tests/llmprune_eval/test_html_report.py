@@ -3,6 +3,7 @@
 import itertools
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -155,6 +156,22 @@ def test_tables_hold_the_numbers_of_the_files(tmp_path):
     assert "kv cache 1.5e-14" in facts["largest difference, float64"]
     assert dict(page.tables["The run"])["taken from"] == "owner/tiny-llama@0123"
     assert dict(page.tables["Measured with"])["date"] == "2026-01-02"
+
+
+def test_times_on_a_busy_processor_are_warned_of_and_the_device_is_named(tmp_path):
+    folder = write_run(tmp_path / "run", unit_run())
+    whole = a_report()
+    dense = whole.speed.models["dense"]
+    slowed = replace(dense, prefill=replace(dense.prefill, waited=0.3))
+    speed = replace(whole.speed, models={**whole.speed.models, "dense": slowed})
+    busy = whole.model_copy(update={"speed": speed})
+    (folder / "report.json").write_text(busy.to_json())
+    page, _ = report_of(folder)
+    (told,) = page.absent
+    assert "prefill: too noisy to conclude; other programs had the processor for 30%" in told
+    words = "".join(page.text)
+    assert words.count("too noisy to conclude") == 2
+    assert "16 decode steps, <processor>, float32" in words
 
 
 def test_a_layer_that_is_gone_keeps_nothing(tmp_path):

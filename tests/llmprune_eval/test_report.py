@@ -21,6 +21,7 @@ from llmprune_eval.report import (
     LatencyResult,
     ModelSize,
     TextResult,
+    busy_warnings,
     environment,
     render_table,
     to_markdown,
@@ -120,6 +121,37 @@ def test_tables_hold_every_number_and_mark(show):
     assert "(in-domain)" not in lines["perplexity pydoc"]
     assert "3 windows of 12, 33 scored tokens" in text
     assert "torch " in text
+
+
+@pytest.mark.parametrize("show", [rendered, to_markdown])
+def test_times_on_a_busy_processor_decide_nothing(show):
+    whole = a_report()
+    speed = whole.speed
+    dense = speed.models["dense"]
+    slowed = replace(dense, prefill=replace(dense.prefill, waited=0.3))
+    busy = whole.model_copy(
+        update={
+            "speed": replace(speed, models={**speed.models, "dense": slowed}),
+            "latency": whole.latency.model_copy(update={"waited": {"dense": 0.0, "pruned": 0.11}}),
+        }
+    )
+    assert EvalReport.from_json(busy.to_json()) == busy
+    text = show(busy)
+    lines = {re.split(r" +[│|]", line.strip("│| "))[0]: line for line in text.splitlines()}
+    assert "0.500 (0.400 to 0.600), too noisy" in lines["prefill"]
+    assert "0.780 (0.750 to 0.800), too noisy" in lines["prefill budget, measured"]
+    assert "0.980 (0.900 to 1.100), not conclusive" in lines["decode, a token"]
+    assert "too noisy: other programs had the processor" in text
+    told = busy_warnings(busy)
+    assert len(told) == 2
+    assert told[0].startswith(
+        "prefill: too noisy to conclude; other programs had the processor for 30% of dense's time "
+        "and 0% of pruned's; take a quieter machine"
+    )
+    assert told[1].startswith("prefill budget, measured: too noisy to conclude; ")
+    assert all(f"**WARNING: {warning}**" in to_markdown(busy) for warning in told)
+    assert busy_warnings(whole) == ()
+    assert "too noisy" not in show(whole)
 
 
 def test_rows_that_were_not_measured_are_left_out():

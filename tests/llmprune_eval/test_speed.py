@@ -1,11 +1,13 @@
+import itertools
 import json
 import math
 
 import pytest
 
 from llmprune.errors import InputError
+from llmprune.recipe import Budget
 from llmprune_eval import speed
-from llmprune_eval.speed import measure_speed
+from llmprune_eval.speed import measure_speed, phase_ms
 from llmprune_eval.timing import Pass, WarmUp
 
 SIZES = {"batch_size": 2, "context": 11, "new_tokens": 3}
@@ -53,6 +55,42 @@ def test_every_model_is_timed_once_a_round(make_llama, monkeypatch):
     assert progress == [(1, 3), (2, 3), (3, 3)]
     assert report.ratios["b"].decode.value == 1.0
     assert not report.ratios["b"].decode.conclusive
+
+
+def on_a_shared_processor(monkeypatch, models, waited):
+    """Let passes of every model wait for that share of prefill and decode, as rounds go."""
+    names = {id(model): name for name, model in models.items()}
+    shares = {name: itertools.cycle(found) for name, found in waited.items()}
+    monkeypatch.setattr(speed, "warm_up", lambda *arguments: WarmUp(2, steady=True))
+
+    def time_pass(model, prompt, new_tokens):
+        return Pass(4.0, 2.0, *next(shares[names[id(model)]]))
+
+    monkeypatch.setattr(speed, "time_pass", time_pass)
+
+
+def test_the_share_without_the_processor_is_the_median_of_the_rounds(make_llama, monkeypatch):
+    models = {"dense": make_llama(), "pruned": make_llama()}
+    rounds = [(0.0, 0.5), (0.2, 0.6), (0.9, 0.7)]
+    on_a_shared_processor(monkeypatch, models, {"dense": rounds, "pruned": [(0.0, 0.0)]})
+    report = measure_speed(models, rounds=3, **SIZES)
+    dense, pruned = report.models.values()
+    assert (dense.prefill.waited, dense.decode.waited) == (0.2, 0.6)
+    assert (pruned.prefill.waited, pruned.decode.waited) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("phase", "is_told"), [("prefill", False), ("decode", True)])
+def test_a_latency_table_timed_on_a_busy_machine_is_warned_of(
+    make_llama, monkeypatch, caplog, phase, is_told
+):
+    models = {"dense": make_llama(), "none": make_llama()}
+    found = {"dense": [(0.05, 0.05)], "none": [(0.1, 0.25)]}
+    on_a_shared_processor(monkeypatch, models, found)
+    budget = Budget(latency=0.8, phase=phase, context=8)
+    assert phase_ms(models, budget) == dict.fromkeys(models, 4.0 if phase == "prefill" else 2.0)
+    told = [record.getMessage() for record in caplog.records]
+    assert any("had the processor for 25% of none's time" in line for line in told) is is_told
+    assert any("do not trust the milliseconds" in line for line in told) is is_told
 
 
 @pytest.mark.parametrize("name", ["batch_size", "context", "new_tokens", "rounds"])
