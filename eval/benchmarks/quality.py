@@ -69,7 +69,7 @@ PARTS = {
     ),
     "final": Part(
         "main-25",
-        FURTHEST,
+        FURTHEST[:2],
         Extent(refit="best:2", recover="best:2", final_windows=0),
         title="main-25-whole-test-set",
     ),
