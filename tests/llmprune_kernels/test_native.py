@@ -252,6 +252,20 @@ def test_number_of_threads_changes_no_bit(dtype, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("block", [(16, 128), (128, 16), (64, 64)])
+def test_a_row_of_few_has_the_same_bits_whatever_the_others_are(block):
+    # As many as fit beside one vector of them; the tiles of AMX are another way.
+    few = {"portable": 3, "avx2": 7}
+    for name, dtype in (pair for pair in usable() if pair != ("amx", torch.bfloat16)):
+        values, index = blocks.weight("unequal", dtype, block)
+        x = torch.randn(few.get(name, 11), 4 * block[1]).to(dtype)
+        together = native.linear(x, values, index, using=name)
+        for rows in (slice(0, 1), slice(1, 3), slice(0, 3), slice(2, None)):
+            apart = native.linear(x[rows], values, index, using=name)
+            assert torch.equal(apart, together[rows]), (name, dtype, rows)
+
+
+@needs_compiler
 def test_no_rows_give_no_rows():
     values, index = blocks.weight("random", torch.float32, (16, 16))
     assert native.linear(torch.empty(0, 64), values, index).shape == (0, 48)

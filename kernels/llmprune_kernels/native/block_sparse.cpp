@@ -32,7 +32,9 @@
 
 namespace {
 
+constexpr int kMaxStreamRows = 2;
 constexpr int kMaxTileRows = 6;
+constexpr int kTileColumns = 4;
 constexpr int kMaxVectors = 3;
 constexpr int kMaxLanes = 16;
 constexpr int kMaxSide = 128;
@@ -118,18 +120,20 @@ void write_row(const Kernels& kernels, const Problem& p, int64_t block, int64_t 
 void sum_tiles(const Kernels& kernels, const Problem& p, const Weight& weight, int64_t block,
                const char* x, int64_t x_row, float* sums) {
   const int64_t begin = weight.pointer[block];
-  const int64_t block_size = p.height * p.width;
-  const TileCall call{weight.column + begin, weight.pointer[block + 1] - begin, block_size,
-                      p.width, x_row, p.height};
+  const TileCall call{weight.column + begin, weight.pointer[block + 1] - begin,
+                      p.height * p.width, p.height, p.width, x_row, p.height};
   const char* w =
-      static_cast<const char*>(weight.values) + begin * block_size * kernels.stored_bytes;
-  // The widest tile: narrower ones, of other rows, take turns within it.
-  const int64_t columns = kernels.tile_columns[1];
-  for (int64_t n = 0; n < p.height; n += columns) {
+      static_cast<const char*>(weight.values) + begin * call.block_size * kernels.stored_bytes;
+  if (p.num_rows <= kMaxStreamRows) {
+    kernels.streams[p.num_rows](call, x, w, sums);
+    return;
+  }
+  // Tiles of other rows of x take turns on what has just been read.
+  for (int64_t n = 0; n < p.height; n += kMaxLanes) {
     for (int64_t m = 0; m < p.num_rows; m += kernels.tile_rows) {
       const int64_t rest = p.num_rows - m;
       const int64_t rows = rest < kernels.tile_rows ? rest : kernels.tile_rows;
-      for (int64_t at = n; at < n + columns; at += kernels.tile_columns[rows]) {
+      for (int64_t at = n; at < n + kMaxLanes; at += kTileColumns) {
         kernels.tiles[rows](call, x + m * x_row * kernels.prepared_bytes,
                             w + at * p.width * kernels.stored_bytes, sums + m * p.height + at);
       }

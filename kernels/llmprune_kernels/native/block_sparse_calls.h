@@ -5,7 +5,7 @@ struct TileCall {
   const int32_t* column;  // of each block
   int64_t count;          // blocks
   int64_t block_size;     // numbers of a block
-  int64_t width;          // its columns
+  int64_t height, width;  // its rows and columns
   int64_t x_row;          // from one row of x to the next
   int64_t out_row;        // and of the sums
 };
@@ -29,7 +29,7 @@ struct Kernels {
   int64_t lanes;
   int64_t chain;  // numbers of a row that a panel sums up before it adds to what it has
   int64_t tile_rows;
-  int64_t tile_columns[kMaxTileRows + 1];
+  void (*streams[kMaxStreamRows + 1])(const TileCall&, const void* x, const void* w, float* out);
   void (*tiles[kMaxTileRows + 1])(const TileCall&, const void* x, const void* w, float* out);
   int64_t panel_columns[kMaxVectors + 1];
   void (*panels[2][kMaxVectors + 1])(const PanelCall&, const void* x, const void* w, float* out);

@@ -3,9 +3,10 @@
 // Few rows of x: `tile`, lanes run along in_features. A tile is up to ROWS x COLUMNS dot products,
 // each one vector of partial sums that stays in a register over all blocks of a block row and is
 // summed over its lanes once, at the end. Nothing is packed but the widening of x.
+// One or two rows, where reading the weight is all the work: `stream`, the same sums, block by block.
 // Many rows: `panel_tile`, lanes are rows of x, packed and transposed once a call; numbers of the
 // weight are spread over all lanes. No sums over lanes, and a block is many more instructions.
-// Both: the additions of one output have one order, whatever the threads and the other rows are.
+// All: the additions of one output have one order, whatever the threads and the other rows are.
 
 #include "block_sparse_elements.h"
 
@@ -52,9 +53,12 @@ ISA_TARGET void tile(const TileCall& call, const void* x_start, const void* w_st
   for (int i = 0; i < ROWS * COLUMNS; i++) sums[i] = Floats{};
   for (int64_t j = 0; j < call.count; j++, w += call.block_size) {
     const auto* x_block = x + call.column[j] * width;
+    // Asked for a line at a time: a processor does not see where the next piece is.
+    const auto* next = w + (j + 1 < call.count ? call.block_size : 0);
     for (int64_t k = 0; k < width; k += T::kStep) {
       decltype(T::load_weight(w, 0)) weights[COLUMNS];
       UNROLL for (int n = 0; n < COLUMNS; n++) {
+        __builtin_prefetch(next + n * width + k, 0, 3);
         weights[n] = T::load_weight(w + n * width + k, width - k);
       }
       UNROLL for (int m = 0; m < ROWS; m++) {
@@ -68,6 +72,48 @@ ISA_TARGET void tile(const TileCall& call, const void* x_start, const void* w_st
   float flat[(ROWS * COLUMNS + kLanes - 1) / kLanes * kLanes];
   write_sums<ROWS * COLUMNS>(sums, flat);
   for (int m = 0; m < ROWS; m++) memcpy(out + m * call.out_row, flat + m * COLUMNS, COLUMNS * 4);
+}
+
+// out[m * out_row + n] for ROWS rows of x and all outputs of the block row. COLUMNS rows of a block
+// at a time, so that the weight is read in the order in which it lies in memory: a processor then
+// asks ahead by itself, and does so better than instructions that ask.
+template <class T, int ROWS, int COLUMNS>
+ISA_TARGET void stream(const TileCall& call, const void* x_start, const void* w_start, float* out) {
+  const auto* x = static_cast<const typename T::Prepared*>(x_start);
+  const auto* start = static_cast<const typename T::Stored*>(w_start);
+  const int64_t width = call.width, height = call.height, x_row = call.x_row;
+  Floats sums[ROWS * kMaxSide];
+  for (int64_t i = 0; i < ROWS * height; i++) sums[i] = Floats{};
+  for (int64_t j = 0; j < call.count; j++) {
+    const auto* x_block = x + call.column[j] * width;
+    const auto* w = start + j * call.block_size;
+    for (int64_t n = 0; n < height; n += COLUMNS, w += COLUMNS * width) {
+      Floats own[ROWS * COLUMNS];
+      UNROLL for (int m = 0; m < ROWS; m++) {
+        UNROLL for (int i = 0; i < COLUMNS; i++) own[m * COLUMNS + i] = sums[m * height + n + i];
+      }
+      for (int64_t k = 0; k < width; k += T::kStep) {
+        decltype(T::load_weight(w, 0)) weights[COLUMNS];
+        UNROLL for (int i = 0; i < COLUMNS; i++) {
+          weights[i] = T::load_weight(w + i * width + k, width - k);
+        }
+        UNROLL for (int m = 0; m < ROWS; m++) {
+          const auto input = T::load_input(x_block + m * x_row + k, width - k);
+          UNROLL for (int i = 0; i < COLUMNS; i++) {
+            own[m * COLUMNS + i] = T::multiply_add(own[m * COLUMNS + i], weights[i], input);
+          }
+        }
+      }
+      UNROLL for (int m = 0; m < ROWS; m++) {
+        UNROLL for (int i = 0; i < COLUMNS; i++) sums[m * height + n + i] = own[m * COLUMNS + i];
+      }
+    }
+  }
+  for (int m = 0; m < ROWS; m++) {
+    for (int64_t n = 0; n < height; n += kLanes) {
+      F32::store(out + m * call.out_row + n, sum_lanes<1, kLanes>(sums + m * height + n));
+    }
+  }
 }
 
 template <class T>
@@ -292,24 +338,21 @@ Kernels kernels() {
   table.is_prepared = std::is_same_v<typename T::Prepared, typename T::Stored>;
   table.lanes = kLanes;
   table.chain = T::kChain;
-  table.tile_columns[2] = table.tile_columns[3] = 4;
-  table.tiles[2] = tile<T, 2, 4>;
-  table.tiles[3] = tile<T, 3, 4>;
+  table.streams[1] = stream<T, 1, 1>;
+  table.streams[2] = stream<T, 2, 2>;
+  table.tiles[1] = tile<T, 1, kTileColumns>;
+  table.tiles[2] = tile<T, 2, kTileColumns>;
+  table.tiles[3] = tile<T, 3, kTileColumns>;
 #if ISA_REGISTERS == 32
   table.tile_rows = 6;
-  table.tile_columns[1] = 16;
-  table.tiles[1] = tile<T, 1, 16>;
-  table.tile_columns[4] = table.tile_columns[5] = table.tile_columns[6] = 4;
-  table.tiles[4] = tile<T, 4, 4>;
-  table.tiles[5] = tile<T, 5, 4>;
-  table.tiles[6] = tile<T, 6, 4>;
+  table.tiles[4] = tile<T, 4, kTileColumns>;
+  table.tiles[5] = tile<T, 5, kTileColumns>;
+  table.tiles[6] = tile<T, 6, kTileColumns>;
   add_panels<T, 1, 16>(table);
   add_panels<T, 2, 8>(table);
   add_panels<T, 3, 8>(table);
 #else
   table.tile_rows = 3;
-  table.tile_columns[1] = 8;
-  table.tiles[1] = tile<T, 1, 8>;
   add_panels<T, 1, 8>(table);
   add_panels<T, 2, 4>(table);
   add_panels<T, 3, 4>(table);
