@@ -4,15 +4,18 @@
     python kernels/benchmarks/cpu.py --table --threads 1 2    # llmprune_kernels/tables/cpu-*.json
 
 Every way is compared with float64 before it is timed; one that is wrong stops the run. Dense and
-all ways take turns, in rounds. The figure is the median of process CPU time (other work on the
-machine does not count, though the caches it empties do) for one thread, of wall time for more. That
-is taken again, up to four times, while others use the machine; their share is kept with it.
+all ways take turns, in rounds. A model reads every weight once a token, from memory: up to 16 rows
+are multiplied with one copy of the weight after the other, whose blocks fill the last cache twice.
+The figure is the median of process CPU time (other work on the machine does not count, though the
+caches it empties do) for one thread, of wall time for more. That is taken again, up to four times,
+while others use the machine; their share is kept with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import re
@@ -37,6 +40,9 @@ from llmprune_kernels.bsr import BlockIndex, gather_blocks
 RESULTS = Path(__file__).with_name("results")
 # Share of all CPUs that others may have beside a measurement of wall time.
 QUIET = 0.03
+# Up to so many rows the time is that of reading the weight, or near it.
+COLD_ROWS = 16
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -121,22 +127,43 @@ def measure(case: Case, *, rounds: int, sample_s: float) -> dict[str, Timing]:
     dense = torch.randn(case.out_features, case.in_features).to(dtype)
     values = gather_blocks(dense, index, case.block)
     x = torch.randn(case.num_rows, case.in_features).to(dtype)
+    count = num_copies(case.num_rows, values.nbytes)
+    every_dense = [dense.clone() for _ in range(count)]
+    every_values = [values.clone() for _ in range(count)]
     ways: dict[str, Callable[[], Tensor]] = {
-        way: partial(cpu.linear, x, values, index, way=way) for way in cpu.WAYS
+        way: in_turn([partial(cpu.linear, x, v, index, way=way) for v in every_values])
+        for way in cpu.WAYS
     }
     if native.supports(dtype):
-        ways["native"] = partial(native.linear, x, values, index)
+        ways["native"] = in_turn([partial(native.linear, x, v, index) for v in every_values])
     wanted = reference.exact(x, values, index)
     errors = {name: reference.relative_error(way(), wanted) for name, way in ways.items()}
     for name, error in errors.items():
         if not error <= TOLERANCE[dtype]:
             raise SystemExit(f"{case}: {name} is wrong by {error:.1e}, nothing is timed")
-    ways = {"dense": partial(functional.linear, x, dense), **ways}
+    ways = {"dense": in_turn([partial(functional.linear, x, w) for w in every_dense]), **ways}
     samples = take_turns(list(ways.values()), rounds=rounds, sample_s=sample_s)
     return {
         name: summary(taken, errors.get(name, 0.0))
         for name, taken in zip(ways, samples, strict=True)
     }
+
+
+def num_copies(num_rows: int, num_bytes: int) -> int:
+    """Copies of a weight of so many bytes that are multiplied in turn."""
+    return 1 if num_rows > COLD_ROWS else -(-2 * last_cache() // num_bytes)
+
+
+def last_cache() -> int:
+    """Bytes of the largest cache that a core reaches; 32 MiB where nothing says."""
+    sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
+    return 1024 * max((int(size[:-1]) for size in sizes if size.endswith("K")), default=32768)
+
+
+def in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    """One of the calls after the other, again and again."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 def take_turns(
@@ -200,6 +227,7 @@ def conditions() -> dict[str, object]:
         "instruction_set": native.instruction_set() if native.is_available() else None,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
+        "weights": f"from memory, up to {COLD_ROWS} rows",
         "load": f"{os.getloadavg()[2]:.1f} on {os.cpu_count()} CPUs",
     }
 
@@ -297,6 +325,7 @@ def report(result: dict[str, Any], cells: list[dict]) -> str:
         "Dense: `F.linear` of the same shape. Speedup: dense time over the way's, above 1 is faster"
         "; every way makes y from x and the stored blocks anew (`densify` the dense weight too).",
         "One thread: medians of process CPU time. More: medians of wall time. "
+        f"Weights: {result.get('weights', 'one, again and again, as far as caches hold it')}. "
         f"Load average at the end: {result.get('load', 'not recorded')}.",
         *result.get("notes", []),
     ]

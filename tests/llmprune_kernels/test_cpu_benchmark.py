@@ -15,11 +15,13 @@ FILE = Path(__file__).parents[2] / "kernels" / "benchmarks" / "cpu.py"
 spec = importlib.util.spec_from_file_location("cpu_benchmark", FILE)
 benchmark = sys.modules["cpu_benchmark"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
+last_cache = benchmark.last_cache
 TINY = benchmark.Case(32, 64, (16, 16), "float32", 0.5, 2)
 
 
 @pytest.fixture(autouse=True)
-def _same_threads():
+def _small(monkeypatch):
+    monkeypatch.setattr(benchmark, "last_cache", lambda: 1 << 12)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -72,6 +74,26 @@ def test_every_way_is_measured():
     cell = benchmark.measure_on(TINY, 1, rounds=1, sample_s=0.001)
     assert set(cell["timings"]) >= {"dense", *cpu.WAYS}
     assert all(timing["cpu_ms"] > 0 for timing in cell["timings"].values())
+
+
+def test_weights_of_few_rows_come_from_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "last_cache", last_cache)
+    for index, size in enumerate(("32K", "1024K", "32768K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    monkeypatch.setattr(benchmark, "CACHES", tmp_path)
+    # 64 MiB or more in all
+    assert benchmark.num_copies(16, 8 << 20) == 8
+    assert benchmark.num_copies(1, (8 << 20) + 1) == 8
+    assert benchmark.num_copies(1, (8 << 20) - 1) == 9
+    assert benchmark.num_copies(17, 1 << 10) == 1
+    monkeypatch.setattr(benchmark, "CACHES", tmp_path / "none")
+    assert benchmark.last_cache() == 32 << 20
+
+
+def test_calls_take_turns():
+    call = benchmark.in_turn([lambda: 1, lambda: 2, lambda: 3])
+    assert [call() for _ in range(5)] == [1, 2, 3, 1, 2]
 
 
 def test_busy_time_rises():
