@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Prior = Literal["fisher", "integrated", "activation", "omp", "none"]
@@ -127,3 +127,9 @@ class Training(Part):
     mixed_precision: Literal["no", "bf16", "auto"] = "no"
     activation_checkpointing: bool = False
     save_every: Positive = 5
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        # YAML reads a bare `no` as false
+        return "no" if value is False else value

@@ -78,6 +78,17 @@ def test_overrides_are_read_as_yaml_and_make_what_is_not_there(tmp_path):
     assert recipe.seed == 3
 
 
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [("training: {mixed_precision: no}", ()), ("", ("training.mixed_precision=no",))],
+)
+def test_a_bare_no_is_the_word(tmp_path, text, overrides):
+    recipe = read(tmp_path, SMALL + text, overrides)
+    assert recipe.training.mixed_precision == "no"
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert Recipe.read(tmp_path / "again.yaml") == recipe
+
+
 def test_overrides_reach_into_lists(tmp_path):
     text = SMALL + "evaluation: {perplexity: [{dataset: x}]}\n"
     recipe = read(tmp_path, text, ["evaluation.perplexity.0.window=64"])
