@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from llmprune.cli import app
+from llmprune.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +25,15 @@ def test_every_command_and_option_in_readme_exists():
         assert result.exit_code == 0, line
         for option in re.findall(r"--[a-z-]+", line.partition("#")[0]):
             assert option in result.output, line
+
+
+def test_every_recipe_with_overrides_that_readme_and_docs_name_is_one():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    found = re.findall(r"llmprune prune\s+(recipes/[\w.-]+\.yaml)([^`#]*)", text)
+    assert any("--set" in options for _, options in found)
+    for recipe, options in found:
+        Recipe.read(ROOT / recipe, re.findall(r"--set\s+(\S+=\S+)", options))
 
 
 def test_the_make_targets_in_readme_exist():
