@@ -1,6 +1,6 @@
 """Whether `llmprune eval` gives lm-eval's own figures, to the last digit.
 
-    python eval/benchmarks/harness_check.py MODEL --data FOLDER [--tasks a,b] [--limit N]
+    python eval/benchmarks/harness_check.py MODEL --data FOLDER [--tasks a,b] [--limit N] [--out F]
 
 Both command lines run on the same model, the same YAML and the same documents. The table has every
 figure of both; the exit code is 1 where one differs. lm-eval's own takes half a minute to read all
@@ -14,10 +14,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llmprune.files import save_text
 from llmprune_eval.harness import write_yaml
+from llmprune_eval.report import environment
 from llmprune_eval.suite import BATCH_SIZE, SuiteTask
 
 TASKS = (
@@ -68,6 +71,7 @@ def main() -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--out", type=Path, help="JSON of every figure of both")
     arguments = parser.parse_args()
     arguments.data = str(Path(arguments.data).resolve())
     with tempfile.TemporaryDirectory(prefix="llmprune-check-") as scratch:
@@ -83,7 +87,18 @@ def main() -> int:
             differ += not same
             mark = "" if same else "  DIFFERS"
             print(f"{task + ' ' + metric:52}{value!r:>24}{other[task].get(metric)!r:>24}{mark}")
-    print(f"{sum(map(len, mine.values()))} figures, {differ} differ (limit {arguments.limit})")
+    count = sum(map(len, mine.values()))
+    print(f"{count} figures, {differ} differ (limit {arguments.limit})")
+    if arguments.out:
+        found = {
+            "figures": count,
+            "differ": differ,
+            "documents of a task, at most": arguments.limit,
+            "llmprune eval": mine,
+            "lm-eval run": {task: other[task] for task in mine},
+            "environment": environment("cpu", "float32") | {"lm_eval": version("lm_eval")},
+        }
+        save_text(json.dumps(found, indent=1) + "\n", arguments.out)
     return int(differ > 0)
 
 
