@@ -72,15 +72,13 @@ class Calibration(TextSource):
     """The token rows that gates and weights are trained on: (num_rows, row_length) tokens.
 
     `self_generated` is the share of the rows that the dense model writes itself, mixed among those
-    of the data set: they hold on to what the text does not speak of. `temperature` is what it
-    samples them at: below 1 they say more of what the model is sure of.
+    of the data set: they hold on to what the text does not speak of.
     """
 
     dataset: str = "builtin:python-reference"
     num_rows: Positive = 128
     row_length: Annotated[int, Field(ge=8)] = 256
     self_generated: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
 
 
 class KindRule(Part):

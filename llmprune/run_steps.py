@@ -114,7 +114,6 @@ def _own_rows(
                 num_rows=num_rows,
                 row_length=recipe.calibration.row_length,
                 seed=recipe.seed,
-                temperature=recipe.calibration.temperature,
                 on_token=partial(watch.on_progress, "calibration text"),
             )
 

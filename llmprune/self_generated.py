@@ -1,7 +1,7 @@
 """Calibration rows that the dense model writes itself.
 
-Sampled from the full vocabulary, they are text as the model has it: what it should still be able to
-say after pruning, with nothing to download and no corpus to leak. (Data-free
+Sampled at temperature 1 from the full vocabulary, they are text as the model has it: what it should
+still be able to say after pruning, with nothing to download and no corpus to leak. (Data-free
 distillation on a language model's own samples: LLM-QAT, arXiv 2305.17888.)
 """
 
@@ -39,7 +39,6 @@ def sample_rows(
     num_rows: int,
     row_length: int,
     seed: int,
-    temperature: float = 1.0,
     on_token: OnToken = lambda done, total: None,
 ) -> Tensor:
     """Rows of text that the model writes, each begun by its begin-of-text token.
@@ -51,7 +50,6 @@ def sample_rows(
         num_rows: Rows.
         row_length: Tokens in a row, the first one included.
         seed: Of the sampling; equal arguments on one machine give equal rows.
-        temperature: What logits are divided by, above 0.
         on_token: Called with decode steps done and decode steps in all.
 
     Returns:
@@ -78,7 +76,7 @@ def sample_rows(
 
     settings = GenerationConfig(
         do_sample=True,
-        temperature=temperature,
+        temperature=1.0,
         top_k=0,
         top_p=1.0,
         max_new_tokens=row_length - 1,

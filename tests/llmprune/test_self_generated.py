@@ -48,16 +48,15 @@ def test_equal_seeds_give_equal_rows_and_leave_the_generator_alone(model):
     assert not torch.equal(first, sample_rows(model, num_rows=4, row_length=12, seed=2))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_rows_follow_the_model_at_their_temperature(model, temperature):
-    rows = sample_rows(model, num_rows=4096, row_length=2, seed=0, temperature=temperature)
+def test_rows_follow_the_model_at_temperature_one(model):
+    rows = sample_rows(model, num_rows=4096, row_length=2, seed=0)
     found = torch.bincount(rows[:, 1], minlength=tiny.VOCAB) / len(rows)
     with torch.no_grad():
         logits = model(torch.tensor([[model.config.bos_token_id]])).logits[0, -1]
-    wanted = logits.div(temperature).softmax(-1)
+    wanted = logits.softmax(-1)
     # total variation of 4,096 draws from 61 tokens is about 0.05 by chance
     assert (found - wanted).abs().sum() / 2 < 0.1
-    assert (logits.div(2 * temperature).softmax(-1) - wanted).abs().sum() / 2 > 0.2
+    assert (logits.div(2).softmax(-1) - wanted).abs().sum() / 2 > 0.2
 
 
 def test_an_end_of_text_token_does_not_end_a_row(model):
@@ -163,7 +162,6 @@ def test_a_run_keeps_its_own_rows_and_reads_the_others(tiny_folder, tmp_path):
                 "num_rows": 8,
                 "row_length": 8,
                 "self_generated": 0.25,
-                "temperature": 1e-4,
             },
         }
     )
@@ -173,8 +171,6 @@ def test_a_run_keeps_its_own_rows_and_reads_the_others(tiny_folder, tmp_path):
     rows = read_calibration(recipe, dense, run, watch)
     own = load_file(run.file("calibration.safetensors"))["rows"]
     assert own.shape == (2, 8)
-    # at no temperature, or nearly, all rows are one
-    assert torch.equal(own[0], own[1])
     ours = [row for row in rows.rows.tolist() if row in own.tolist()]
     assert (len(rows.rows), len(ours)) == (8, 2)
     assert rows.corpus == "text"
