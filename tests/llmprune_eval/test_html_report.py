@@ -36,12 +36,15 @@ HEADINGS = [
     "What was kept",
     "Dense and pruned",
     "Perplexity against parameters",
+    "Evaluation on tasks",
     "Latency",
     "Scores and the cut",
     "Training",
     "Samples",
     "How to repeat it",
 ]
+# what `llmprune bench` and `llmprune eval` leave, if they are run
+RESULTS = ("bench.json", "eval/evaluation.json")
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
@@ -97,7 +100,7 @@ def test_every_part_of_a_run_is_shown(name, tmp_path):
     assert page.headings[0] == (1, "tiny-llama, pruned")
     levels = [level for level, _ in page.headings]
     assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
-    assert page.absent == []
+    assert page.absent == ["Warning: the dense model misses its published figure of piqa."]
     pictures = [attributes for tag, attributes in page.elements if tag == "svg"]
     named = [p for p in pictures if p.get("aria-hidden") != "true"]
     assert len(named) >= 10
@@ -159,7 +162,7 @@ def test_tables_hold_the_numbers_of_the_files(tmp_path):
 
 
 def test_times_on_a_busy_processor_are_warned_of_and_the_device_is_named(tmp_path):
-    folder = write_run(tmp_path / "run", unit_run())
+    folder = write_run(tmp_path / "run", unit_run(), without=RESULTS)
     whole = a_report()
     dense = whole.speed.models["dense"]
     slowed = replace(dense, prefill=replace(dense.prefill, waited=0.3))
@@ -167,7 +170,7 @@ def test_times_on_a_busy_processor_are_warned_of_and_the_device_is_named(tmp_pat
     busy = whole.model_copy(update={"speed": speed})
     (folder / "report.json").write_text(busy.to_json())
     page, _ = report_of(folder)
-    (told,) = page.absent
+    (told, _) = page.absent
     assert "prefill: too noisy to conclude; other programs had the processor for 30%" in told
     words = "".join(page.text)
     assert words.count("too noisy to conclude") == 2
@@ -200,6 +203,7 @@ MISSING = {
     "verification.json": "was not verified",
     "report.json": "No perplexity was measured",
     "plan.json": "has no plan yet",
+    "eval/evaluation.json": "was not evaluated on tasks",
 }
 
 
@@ -213,12 +217,12 @@ def test_what_is_missing_is_said_in_a_sentence(name, missing, tmp_path):
 
 
 def test_a_recipe_alone_makes_a_report(tmp_path):
-    page, _ = report_of(write_run(tmp_path / "run", unit_run(), without=list(MISSING)))
+    page, _ = report_of(write_run(tmp_path / "run", unit_run(), without=[*MISSING, *RESULTS]))
     assert len(page.absent) == len(HEADINGS)
 
 
 def test_figures_that_were_not_measured_are_left_out(tmp_path):
-    folder = write_run(tmp_path / "run", unit_run())
+    folder = write_run(tmp_path / "run", unit_run(), without=RESULTS)
     bare = a_report().model_copy(update={"speed": None, "latency": None, "samples": {}})
     (folder / "report.json").write_text(bare.to_json())
     page, _ = report_of(folder)
@@ -286,7 +290,12 @@ def test_the_command_writes_where_it_is_told(tmp_path, monkeypatch, capsys):
     assert not stop.value.code
     assert "wrote" in capsys.readouterr().out
     assert out.read_text().startswith("<!doctype html>")
-    assert not (folder / "report.html").exists()
+    assert (tmp_path / "new" / "page.md").read_text().startswith("# ")
+    assert not {"report.html", "README.md"} & {file.name for file in folder.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["llmprune", "report", str(folder), "--out", "card.md"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
 
 
 # the pieces
