@@ -213,6 +213,7 @@ def test_a_tracker_whose_package_is_missing_is_refused_before_any_work(
 
 def test_a_folder_with_the_name_of_a_package_is_no_package(recipe, tmp_path, monkeypatch):
     (tmp_path / "trackio").mkdir()
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
     # what is installed here does not matter
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(InputError, match="trackio is not"):
