@@ -47,5 +47,5 @@ def _paired(report: QualityReport) -> Iterator[Paired]:
     for task in report.tasks:
         found = task.metrics[task.headline].difference
         if found is not None and found.kind == "difference":
-            points = (100 * value for value in (found.value, found.low, found.high))
-            yield Paired(task.name, *points, found.conclusive)
+            value, low, high = (100 * share for share in (found.value, found.low, found.high))
+            yield Paired(task.name, value, low, high, found.conclusive)
