@@ -35,13 +35,13 @@ PICTURES = """[...document.querySelectorAll('svg[role=img]')].filter(
         boxes[i].right > frame.right + 1 || boxes[i].top < frame.top - 1 ||
         boxes[i].bottom > frame.bottom + 1).map(t => t.textContent)}; })"""
 
-# Width in pixels, theme, medium.
+# Width in pixels (of paper, A4 within its margins), theme, medium.
 VIEWS = (
     (1200, "light", "screen"),
     (1200, "dark", "screen"),
     (390, "light", "screen"),
     (390, "dark", "screen"),
-    (800, "light", "print"),
+    (700, "light", "print"),
 )
 
 

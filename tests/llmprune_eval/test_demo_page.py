@@ -55,7 +55,7 @@ def tiny_demo(folder):
 
 
 @pytest.mark.skipif(chromium.PROGRAM is None, reason="chromium is not installed")
-def test_the_page_of_the_demo_shows_all_that_its_commands_found(llmprune, tmp_path, browser):
+def test_the_page_of_the_demo_shows_all_that_its_commands_found(llmprune, tmp_path, browser, capfd):
     run = tmp_path / "run"
     llmprune("prune", tiny_demo(tmp_path), "--out", run)
     (log, *_) = (run / "log.jsonl").read_text().splitlines()
@@ -63,6 +63,7 @@ def test_the_page_of_the_demo_shows_all_that_its_commands_found(llmprune, tmp_pa
     llmprune("bench", run, "--context", "16,32", "--new-tokens", 2, "--rounds", 3, "--no-memory")
     data = save_data(tmp_path / "data")
     llmprune("eval", run, "--tasks", "piqa,hellaswag", "--data", data)
+    assert capfd.readouterr().out.count(f"`llmprune report {run}` puts it on the page") == 2
     llmprune("report", run)
     pictures = check_page(browser, run / "report.html")
     starts = (
