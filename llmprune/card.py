@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from llmprune.recipe import Recipe
 
 
-def run_card(recipe: Recipe, origin: str, samples: Mapping[str, str], table: str) -> str:
+def run_card(
+    recipe: Recipe,
+    origin: str,
+    samples: Mapping[str, str],
+    table: str,
+    *,
+    evaluation_table: str = "",
+    bench_table: str = "",
+) -> str:
     """Markdown for the run folder.
 
     Args:
@@ -15,8 +23,11 @@ def run_card(recipe: Recipe, origin: str, samples: Mapping[str, str], table: str
         origin: Where the dense model really came from.
         samples: `dense` and `pruned` -> a greedy generation.
         table: The figures, dense beside pruned, as Markdown.
+        evaluation_table, bench_table: What `llmprune eval` and `bench` found, where they were run.
     """
     remote = ", trust_remote_code=True" if recipe.export.format == "per_layer" else ""
+    more = _section("Evaluation", "eval", evaluation_table)
+    more += _section("Latency and memory", "bench", bench_table)
     quoted = "\n>\n".join(f"> **{name}**: {' '.join(s.split())}" for name, s in samples.items())
     return f"""# {origin.rpartition("/")[2]}, pruned
 
@@ -27,7 +38,7 @@ Greedy continuation of {recipe.evaluation.prompt!r}:
 
 {quoted}
 
-## Load it
+{more}## Load it
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,3 +57,10 @@ tokenizer = AutoTokenizer.from_pretrained("model")
 ```yaml
 {recipe.to_yaml()}```
 """
+
+
+def _section(heading: str, command: str, table: str) -> str:
+    """A table of another command under its heading; nothing where there is none."""
+    if not table:
+        return ""
+    return f"## {heading}\n\nMeasured by `llmprune {command}`.\n\n{table.strip()}\n\n"

@@ -61,6 +61,7 @@ def evaluate(
     chosen = chosen_suite(suite, tasks, limit)
     quieten_transformers()
     from llmprune_eval.quality import Extent
+    from llmprune_eval.results_of_run import on_the_page
     from llmprune_eval.subjects import results_folder, subjects_of
 
     subjects, recipe = subjects_of(model, baseline, dtype)
@@ -75,6 +76,8 @@ def evaluate(
         )
     folder = out or results_folder(model, subjects[-1])
     _evaluate_quality(subjects, Extent(texts, chosen, data), recipe, folder, json=json)
+    if recipe is not None and out is None and not json:
+        console.print(on_the_page(model), soft_wrap=True)
 
 
 def bench(
@@ -165,17 +168,23 @@ def compare(
 
 def report(
     folder: FolderArgument,
-    out: Annotated[Path | None, typer.Option(help="The file; default DIR/report.html.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page; default DIR/report.html.")] = None,
     comparison: Annotated[
         Path | None,
         typer.Option("--compare", help="A comparison.json, to set the run against its methods."),
     ] = None,
 ) -> None:
-    """Write one HTML page that shows what a run kept, cost and bought."""
+    """Write one HTML page that shows what a run kept, cost and bought, and its Markdown card."""
+    from llmprune_eval.card_file import write_card
     from llmprune_eval.html_report import write_report
 
-    file = write_report(folder, out, comparison)
-    console.print(f"wrote {file}", soft_wrap=True)
+    if out is not None and out.suffix == ".md":
+        raise InputError(f"--out names the HTML page, the card lies beside it; got {out}")
+    page = write_report(folder, out, comparison)
+    card = write_card(folder, None if out is None else out.with_suffix(".md"))
+    for file in (page, card):
+        if file is not None:
+            console.print(f"wrote {file}", soft_wrap=True)
 
 
 def _command_line() -> str:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from llmprune.architectures import architecture_of
 from llmprune.block_pruning import prune_blocks
 from llmprune.block_sparse import keep_faster
-from llmprune.card import run_card
 from llmprune.checkpoint import load_pruned
 from llmprune.files import save_text
 from llmprune.latency import Promise
@@ -115,9 +114,9 @@ def _evaluate(
     watch: Watch,
 ) -> EvalReport:
     """Measure both models; write report.json, README.md and report.html."""
+    from llmprune_eval.card_file import write_card
     from llmprune_eval.evaluation import evaluate
     from llmprune_eval.html_report import write_report
-    from llmprune_eval.report import to_markdown
 
     report = evaluate(
         dense.model,
@@ -129,9 +128,6 @@ def _evaluate(
         on_progress=watch.on_progress,
     ).model_copy(update={"origin": dense.origin})
     save_text(report.to_json(), folder.report)
-    save_text(
-        run_card(recipe, dense.origin, report.samples, to_markdown(report)),
-        folder.file("README.md"),
-    )
+    write_card(folder.path)
     write_report(folder.path)
     return report

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from llmprune.batches import Batches, OnStep, loss_of, rates_of, set_rate
 from llmprune.errors import InputError
 from llmprune.files import save_tensors
+from llmprune.gate_figures import gate_figures
 from llmprune.pool_logits import group_of, importances_of, starting_logits
 from llmprune.scores import UnitScores
 from llmprune.selection import Pool
@@ -164,6 +165,7 @@ def _train_engine(
     first = _resume(run, engine, weights, optimizer)
     batches = Batches(run.accelerator, calibration_set, settings, recipe.training)
     loss_of_rows = loss_of(settings.loss, model, run.teacher)
+    values: dict[str, Tensor] = {}
     with checkpointing(model, recipe.training):
         for step in range(first, num_steps):
             if engine.schedule.at(step).begins_phase:
@@ -175,7 +177,8 @@ def _train_engine(
                 engine.set_scores(starting_logits(gates.magnitudes(model), pools))
 
             def set_gates(step: int = step) -> None:
-                gates.set(_unpooled(engine.gates(step), pools, gates))
+                values.update(_unpooled(engine.gates(step), pools, gates))
+                gates.set(values)
 
             set_rate(optimizer, "weights", settings.weights_learning_rate, step, settings.steps)
             loss = batches.train_step(step, optimizer, loss_of_rows, before_each=set_gates)
@@ -184,7 +187,7 @@ def _train_engine(
             if is_whole or (done % recipe.training.save_every == 0 and done < num_steps):
                 run.save(engine, weights, optimizer, done)
             figures = {"loss": loss, **engine.settings_at(step), **rates_of(optimizer)}
-            run.on_step(done, num_steps, figures)
+            run.on_step(done, num_steps, {**figures, **gate_figures(values)})
     return engine
 
 

@@ -10,9 +10,11 @@ from rich.console import Console
 from llmprune.display import progress_bars
 from llmprune.errors import InputError
 from llmprune.files import save_text
+from llmprune.run_folder import RECIPE_FILE
 from llmprune_eval.bench import BenchSettings, bench
 from llmprune_eval.bench_report import BenchReport
 from llmprune_eval.bench_table import notes_of, render_table
+from llmprune_eval.results_of_run import on_the_page
 from llmprune_eval.subjects import Dtype, Subject, subjects_of
 
 
@@ -51,6 +53,8 @@ def run_bench(
         for note in notes_of(report):
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         console.print(f"wrote {file}", soft_wrap=True)
+        if out is None and (Path(source) / RECIPE_FILE).is_file():
+            console.print(on_the_page(source), soft_wrap=True)
     for warning in report.warnings:
         loud.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
     return report

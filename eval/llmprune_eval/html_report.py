@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from llmprune.files import save_text
+from llmprune.publication import BENCH_FILE
 from llmprune.weight_blocks import BlockPlan
 from llmprune_eval.markup import element, join
 from llmprune_eval.measured_sections import (
@@ -16,7 +17,6 @@ from llmprune_eval.measured_sections import (
     perplexity_section,
     recovery_tokens,
     samples_section,
-    training_section,
 )
 from llmprune_eval.page import absent, folded, page, paragraph, percent, section, table
 from llmprune_eval.perplexity_intervals import paired_ratio
@@ -26,6 +26,8 @@ from llmprune_eval.report_sections import kept_section, scores_section
 from llmprune_eval.rivals import BlockOfRivals, read_comparison
 from llmprune_eval.run_record import RunRecord, read_run
 from llmprune_eval.shared_time import is_shared
+from llmprune_eval.tasks_section import tasks_section
+from llmprune_eval.training_section import training_section
 
 if TYPE_CHECKING:
     from llmprune.recipe import Recipe
@@ -70,9 +72,11 @@ def report_html(run: RunRecord, blocks: Sequence[BlockOfRivals] = ()) -> str:
             element("h1", f"{run.name}, pruned"),
             element("p", *_lead(run), class_="lead"),
             _tiles(run.report),
+            *(absent(_outdated(name)) for name in run.outdated),
             kept_section(run),
             _figures_section(run.report),
             perplexity_section(run, blocks),
+            tasks_section(run),
             latency_section(run),
             scores_section(run),
             training_section(run),
@@ -114,6 +118,11 @@ def _afterwards(recipe: Recipe) -> str:
     }
     done = [words for words, was_done in steps.items() if was_done]
     return f" After the cut: {', '.join(done)}." if done else ""
+
+
+def _outdated(name: str) -> str:
+    command = "llmprune bench" if name == BENCH_FILE else "llmprune eval"
+    return f"{name} is left out, it is of another model than this folder's; {command} renews it."
 
 
 def _tiles(report: EvalReport | None) -> Markup:

@@ -1,12 +1,12 @@
-"""Sections of a run's report about what was measured: quality, latency, training, samples."""
+"""Sections of a run's report about what was measured: perplexity, latency, samples."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from llmprune_eval.bench_section import bench_parts
 from llmprune_eval.markup import element
 from llmprune_eval.page import (
     absent,
@@ -20,7 +20,6 @@ from llmprune_eval.page import (
     table,
 )
 from llmprune_eval.perplexity_intervals import interval_note, paired_ratio
-from llmprune_eval.pictures.curves import loss_curve, smoothed, survivor_curve
 from llmprune_eval.pictures.latency_bars import Bar, latency_bars
 from llmprune_eval.pictures.perplexity_map import FARTHEST, Point, Role, drawn, perplexity_map
 from llmprune_eval.rivals import BlockOfRivals, Rival, rivals_of
@@ -36,7 +35,6 @@ _RIVALS_NOTE = (
     "Compensated: cut, the means of removed units left as biases; refit: least squares after that; "
     "recovered: trained after that. Only equal stages and equal recovery tokens compare."
 )
-_PHASES = {"gates": "calibration of the gates", "recovery": "recovery"}
 
 
 def perplexity_section(run: RunRecord, blocks: Sequence[BlockOfRivals]) -> Markup:
@@ -151,16 +149,20 @@ def recovery_tokens(recipe: Recipe) -> int:
 def latency_section(run: RunRecord) -> Markup:
     """Latency bars with their spread, a picture a phase."""
     heading = "Latency"
+    parts: list[Markup] = []
     report = run.report
-    if report is None or (report.speed is None and report.latency is None):
-        return section(heading, absent("No latency was measured in this run."))
-    parts = []
-    if report.speed is not None:
-        parts += _speed_parts(report.speed, str(report.environment.get("device", "")))
-    if report.latency is not None:
-        parts += _promise_parts(report.latency)
-    if report.backends:
-        parts.append(element("ul", *(element("li", note) for note in report.backends)))
+    if report is not None:
+        if report.speed is not None:
+            parts += _speed_parts(report.speed, str(report.environment.get("device", "")))
+        if report.latency is not None:
+            parts += _promise_parts(report.latency)
+        if parts and report.backends:
+            parts.append(element("ul", *(element("li", note) for note in report.backends)))
+    if run.bench is not None:
+        parts += bench_parts(run.bench)
+    if not parts:
+        sentence = "No latency was measured in this run; llmprune bench does so."
+        return section(heading, absent(sentence))
     return section(heading, *parts)
 
 
@@ -202,55 +204,6 @@ def _promise_parts(latency: LatencyResult) -> list[Markup]:
     cell = small_figure(partial(latency_bars, name, bars), name)
     figures = table("The latency budget", ("", "milliseconds"), rows)
     return [side_by_side([cell]), paragraph(caption, class_="note"), figures]
-
-
-def training_section(run: RunRecord) -> Markup:
-    """Losses of calibration and recovery, and units in the running where units leave early."""
-    heading = "Training"
-    cells, rows = [], []
-    for phase, losses in run.losses.items():
-        name = _PHASES.get(phase, phase)
-        cells.append(small_figure(partial(loss_curve, name, losses), f"loss, {name}"))
-        smooth = smoothed([loss for _, loss in losses])
-        lowest = min(loss for _, loss in losses)
-        ends = (f"{smooth[0]:.4g}", f"{smooth[-1]:.4g}", f"{lowest:.4g}")
-        rows.append((name, f"{len(losses):,}", *ends))
-    alive = survivors(run)
-    if alive:
-        cells.append(small_figure(partial(survivor_curve, alive), "units in the running"))
-    kinds = {run.recipe.gates.loss, run.recipe.recovery.loss} if run.losses else set()
-    note = f"Faint: every step; line: running median. Loss: {', '.join(sorted(kinds))}."
-    first, last = run.recipe.gates.temperature
-    if "gates" in run.losses and last > first:
-        note += (
-            f" The temperature of the gates rises from {first:g} to {last:g}: they close harder, "
-            "and the loss of the calibration may rise."
-        )
-    parts = [side_by_side(cells)] if cells else []
-    if rows:
-        head = ("", "steps", "first", "last", "lowest step")
-        parts += [paragraph(note, class_="note"), table("Losses, smoothed", head, rows)]
-    else:
-        parts.append(absent("This run has no log: nothing was trained in it, or the log is gone."))
-    return section(heading, *parts)
-
-
-def survivors(run: RunRecord) -> list[tuple[int, int]]:
-    """(step, units still in the running), where units leave for good during the calibration."""
-    if run.scores is None:
-        return []
-    left = Counter(
-        step for steps in run.scores.dropped_at.values() for step in steps.tolist() if step >= 0
-    )
-    if not left:
-        return []
-    alive = sum(len(steps) for steps in run.scores.dropped_at.values())
-    found = [(0, alive)]
-    for step in sorted(left):
-        alive -= left[step]
-        found.append((step, alive))
-    last = max((step for step, _ in run.losses.get("gates", ())), default=found[-1][0])
-    return [*found, (max(last, found[-1][0]), alive)]
 
 
 def samples_section(run: RunRecord) -> Markup:

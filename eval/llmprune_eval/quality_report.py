@@ -117,20 +117,19 @@ def render_table(report: QualityReport) -> Table:
     from rich.table import Table
 
     table = Table()
-    head, *columns = _columns(report)
+    head, *columns = columns_of(report)
     table.add_column(head)
     for column in columns:
         table.add_column(column, justify="right")
-    for row in _rows(report):
-        table.add_row(*_cells(report, row))
+    for row in table_rows(report):
+        table.add_row(*row)
     return table
 
 
 def to_markdown(report: QualityReport) -> str:
     """Warnings, the table and its notes as GitHub Markdown."""
-    columns = _columns(report)
-    lines = [columns, ("---", *["---:"] * (len(columns) - 1))]
-    lines += [_cells(report, row) for row in _rows(report)]
+    columns = columns_of(report)
+    lines = [columns, ("---", *["---:"] * (len(columns) - 1)), *table_rows(report)]
     table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
     warnings = [f"**WARNING: {warning}**\n" for warning in report.warnings]
     return "\n".join([*warnings, *table, "", *(f"- {note}" for note in notes_of(report))]) + "\n"
@@ -161,13 +160,18 @@ def notes_of(report: QualityReport) -> list[str]:
     ]
 
 
-def _columns(report: QualityReport) -> tuple[str, ...]:
+def columns_of(report: QualityReport) -> tuple[str, ...]:
+    """The heads of the table: a column a model, and one for two of them compared."""
     labels = tuple(report.models)
     return ("", *labels, "pruned against dense") if len(labels) == 2 else ("", *labels)
 
 
-def _cells(report: QualityReport, row: _Row) -> tuple[str, ...]:
-    return (row.label, *row.figures, *((row.difference,) if len(report.models) == 2 else ()))
+def table_rows(report: QualityReport) -> list[tuple[str, ...]]:
+    """The rows of the table as text, each as wide as `columns_of`."""
+    is_pair = len(report.models) == 2
+    return [
+        (row.label, *row.figures, *((row.difference,) if is_pair else ())) for row in _rows(report)
+    ]
 
 
 def _rows(report: QualityReport) -> list[_Row]:

@@ -16,11 +16,28 @@ from llmprune_eval.quality_report import QualityReport
 from llmprune_eval.subjects import Subject
 
 
+class AnotherModelError(InputError):
+    """Results of a model that the folder no longer holds; `name` is their file, in the folder."""
+
+    def __init__(self, folder: Path, name: str, command: str) -> None:
+        super().__init__(
+            f"{folder / name}: must be of the model beside it, which is another now or gone; run "
+            f"`{command}` again, or delete it"
+        )
+        self.name = name
+
+
+def on_the_page(run: str) -> str:
+    """Where results that were just written into a run's folder can be seen."""
+    return f"`llmprune report {run}` puts it on the page of the run"
+
+
 def read_evaluation(folder: Path) -> QualityReport | None:
     """The evaluation of a run; None where there is none.
 
     Raises:
-        InputError: It is damaged, or of weights, config or tokenizer that have changed since.
+        InputError: It is damaged.
+        AnotherModelError: Weights, config or tokenizer have changed since, or are gone.
     """
     file = folder / EVALUATION_FILE
     if not file.is_file():
@@ -28,8 +45,9 @@ def read_evaluation(folder: Path) -> QualityReport | None:
     report = QualityReport.from_json(file.read_text(encoding="utf-8"), name=EVALUATION_FILE)
     line = list(report.models.values())[-1]
     model = ModelSource.model_validate({"source": str(folder / MODEL_FOLDER), "dtype": line.dtype})
-    if Subject("pruned", model, line.name).fingerprint() != line.fingerprint:
-        raise _of_another(file, f"llmprune eval {folder}")
+    is_there = (folder / MODEL_FOLDER).is_dir()
+    if not is_there or Subject("pruned", model, line.name).fingerprint() != line.fingerprint:
+        raise AnotherModelError(folder, EVALUATION_FILE, f"llmprune eval {folder}")
     return report
 
 
@@ -37,7 +55,8 @@ def read_bench(folder: Path) -> BenchReport | None:
     """The latencies of a run; None where there are none.
 
     Raises:
-        InputError: The file is damaged, or of a model whose weights have another size.
+        InputError: The file is damaged.
+        AnotherModelError: The weights have another size, or are gone.
     """
     file = folder / BENCH_FILE
     if not file.is_file():
@@ -52,12 +71,5 @@ def read_bench(folder: Path) -> BenchReport | None:
     facts = list(report.models.values())[-1]
     files = weight_files(folder / MODEL_FOLDER, str(folder))
     if facts.weight_bytes != sum(weights.stat().st_size for weights in files):
-        raise _of_another(file, f"llmprune bench {folder}")
+        raise AnotherModelError(folder, BENCH_FILE, f"llmprune bench {folder}")
     return report
-
-
-def _of_another(file: Path, command: str) -> InputError:
-    return InputError(
-        f"{file}: must be of the model beside it, which is another now; run `{command}` again, or "
-        "delete it"
-    )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from llmprune.errors import InputError
 from llmprune.plan import FORMAT, PrunePlan
@@ -16,10 +14,16 @@ from llmprune.run_folder import RunFolder
 from llmprune.verification import RESULT_FILE, Verification
 from llmprune.weight_blocks import BlockPlan
 from llmprune_eval.report import EvalReport
+from llmprune_eval.results_of_run import AnotherModelError, read_bench, read_evaluation
+from llmprune_eval.training_log import TrainingLog, read_log
 
 if TYPE_CHECKING:
     from llmprune.recipe import Recipe
     from llmprune.scores import UnitScores
+    from llmprune_eval.bench_report import BenchReport
+    from llmprune_eval.quality_report import QualityReport
+
+Result = TypeVar("Result")
 
 # What a run is repeated from; their hashes tell whether it was.
 _HASHED = ("recipe.yaml", "plan.json", "scores.json")
@@ -33,8 +37,11 @@ class RunRecord:
         recipe: Of the run.
         plan: What was kept; None where the run has not chosen yet.
         scores: What it was chosen by; None where the plan was written by hand.
-        losses: Phase (`gates`, `recovery`) -> (step, loss) in the log's order, finite losses only.
+        log: Losses and gates of every step.
         report: Figures of both models; None where they were not measured.
+        bench: What `llmprune bench` measured; None where it was not run.
+        evaluation: What `llmprune eval` measured; None where it was not run.
+        outdated: Files of results that are left out, because the model is another one now.
         verification: How far the reloaded model's logits are off; None where it was not checked.
         hashes: File -> SHA-256 in hex.
     """
@@ -42,8 +49,11 @@ class RunRecord:
     recipe: Recipe
     plan: PrunePlan | BlockPlan | None
     scores: UnitScores | None
-    losses: Mapping[str, tuple[tuple[int, float], ...]]
+    log: TrainingLog
     report: EvalReport | None
+    bench: BenchReport | None
+    evaluation: QualityReport | None
+    outdated: tuple[str, ...]
     verification: Verification | None
     hashes: Mapping[str, str]
 
@@ -61,12 +71,16 @@ def read_run(path: Path) -> RunRecord:
     """
     folder = RunFolder(path)
     recipe = folder.read_recipe()
+    outdated: list[str] = []
     return RunRecord(
         recipe=recipe,
         plan=_read_plan(folder.file("plan.json")),
         scores=folder.read_scores(),
-        losses=_read_losses(folder.log),
+        log=read_log(folder.log),
         report=_read_report(folder.report),
+        bench=_unless_outdated(read_bench, path, outdated),
+        evaluation=_unless_outdated(read_evaluation, path, outdated),
+        outdated=tuple(outdated),
         verification=_read_verification(folder.file(RESULT_FILE)),
         hashes={
             name: hashlib.sha256(folder.file(name).read_bytes()).hexdigest()
@@ -85,22 +99,14 @@ def _read_plan(file: Path) -> PrunePlan | BlockPlan | None:
     return BlockPlan.read(file)
 
 
-def _read_losses(log: Path) -> dict[str, tuple[tuple[int, float], ...]]:
-    found: dict[str, list[tuple[int, float]]] = {}
-    if log.is_file():
-        for line in log.read_text(encoding="utf-8").splitlines():
-            row = _row(line)
-            if row is not None and math.isfinite(row["loss"]):
-                found.setdefault(str(row["phase"]), []).append((int(row["step"]), row["loss"]))
-    return {phase: tuple(rows) for phase, rows in found.items()}
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """One line of the log; None for the half of one that a kill left."""
+def _unless_outdated(
+    read: Callable[[Path], Result | None], folder: Path, outdated: list[str]
+) -> Result | None:
+    """Results of the model in the folder; of another's None, and the file's name is noted."""
     try:
-        row = json.loads(line)
-        return {"phase": row["phase"], "step": int(row["step"]), "loss": float(row["loss"])}
-    except (ValueError, KeyError, TypeError):
+        return read(folder)
+    except AnotherModelError as error:
+        outdated.append(error.name)
         return None
 
 

@@ -119,6 +119,11 @@ def test_the_log_has_loss_budget_temperature_and_rates_without_any_tracker(recip
     assert heat == sorted(heat)
     assert heat[-1] == pytest.approx(30.0)
     assert {row["logits_learning_rate"] for row in gates} == {0.05}
+    # the step's own gates: soft at first, decided at last, and always what the budget allows
+    assert all(row["mlp_channels_mean"] == pytest.approx(0.5, abs=1e-3) for row in gates)
+    decided = [row["mlp_channels_open"] + row["mlp_channels_closed"] for row in gates]
+    assert decided[-1] > decided[0]
+    assert "mlp_channels_open" not in recovery[-1]
     assert recovery[-1]["weights_learning_rate"] == pytest.approx(1e-5)
     assert not (tmp_path / "run" / "tracking").exists()
 
@@ -208,6 +213,7 @@ def test_a_tracker_whose_package_is_missing_is_refused_before_any_work(
 
 def test_a_folder_with_the_name_of_a_package_is_no_package(recipe, tmp_path, monkeypatch):
     (tmp_path / "trackio").mkdir()
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
     # what is installed here does not matter
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(InputError, match="trackio is not"):

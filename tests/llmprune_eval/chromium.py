@@ -61,8 +61,10 @@ class Page:
         message, _, self.rest = self.rest.partition(b"\0")
         return json.loads(message)
 
-    def open(self, file: Path, *, width: int, scheme: str = "light") -> None:
-        """Open a file in a window of so many pixels, in a light or a dark theme."""
+    def open(
+        self, file: Path, *, width: int, scheme: str = "light", medium: str = "screen"
+    ) -> None:
+        """Open a file in a window of so many pixels, in a light or a dark theme, or as on paper."""
         self.events.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -72,7 +74,7 @@ class Page:
             mobile=width < 500,
         )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.call("Emulation.setEmulatedMedia", features=features)
+        self.call("Emulation.setEmulatedMedia", media=medium, features=features)
         self.call("Page.navigate", url=file.resolve().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())

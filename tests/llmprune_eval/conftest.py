@@ -1,13 +1,15 @@
-"""Tiny random models for the measurements."""
+"""Tiny random models for the measurements, and a browser."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from tests.llmprune_eval import chromium
 
 
 @pytest.fixture
@@ -36,3 +38,9 @@ def make_gpt2() -> Callable[..., Any]:
 @pytest.fixture
 def token_ids() -> torch.Tensor:
     return torch.randint(99, (203,), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
+    with chromium.chromium(tmp_path_factory.mktemp("profile")) as page:
+        yield page

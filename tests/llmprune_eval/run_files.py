@@ -9,15 +9,27 @@ import torch
 import yaml
 
 from llmprune.plan import PrunePlan
-from llmprune.recipe import Recipe
+from llmprune.recipe import ModelSource, Recipe
 from llmprune.scores import UnitScores
 from llmprune.verification import Verification
 from llmprune.weight_blocks import BlockPlan
+from llmprune_eval.bench_report import PointComparison
 from llmprune_eval.intervals import make_ratio
+from llmprune_eval.paired import Difference
 from llmprune_eval.peak_memory import PeakMemory
 from llmprune_eval.perplexity import Perplexity
+from llmprune_eval.quality_report import (
+    Figure,
+    MetricFigures,
+    ModelLine,
+    QualityReport,
+    TaskFigures,
+    TextFigures,
+)
 from llmprune_eval.report import EvalReport, LatencyResult, ModelSize, TextResult
 from llmprune_eval.speed import Latency, ModelSpeed, SpeedRatio, SpeedReport
+from llmprune_eval.subjects import Subject
+from tests.llmprune.hub_runs import bench_of
 
 LAYERS, HEADS, GROUPS, CHANNELS, HIDDEN = 6, 4, 2, 40, 32
 MODEL = {
@@ -154,10 +166,24 @@ def a_verification():
     )
 
 
+def gates_of(kind, share):
+    """Gates of which a share is open, as many closed, the rest between and all of it above 0.5."""
+    shares = {"open": share, "half_open": 1 - share, "closed": share, "mean": 0.5}
+    return {f"{kind}_{name}": value for name, value in shares.items()}
+
+
 def a_log():
-    rows = [("gates", step, 1 / step) for step in range(1, 41)]
-    rows += [("recovery", step, 0.5 + 0.1 * (step % 3)) for step in range(1, 101)]
-    lines = [json.dumps({"phase": p, "step": s, "loss": loss}) for p, s, loss in rows]
+    rows = [
+        {"phase": "gates", "step": step, "loss": 1 / step, "budget": 1 - step / 80}
+        | gates_of("mlp_channels", step / 100)
+        | gates_of("kv_groups", step / 200)
+        for step in range(1, 41)
+    ]
+    rows += [
+        {"phase": "recovery", "step": step, "loss": 0.5 + 0.1 * (step % 3)}
+        for step in range(1, 101)
+    ]
+    lines = [json.dumps(row) for row in rows]
     # a loss that is no number, and the half of a line that a kill leaves
     return "\n".join([*lines, '{"phase": "recovery", "step": 101, "loss": NaN}', '{"phase": "re'])
 
@@ -172,12 +198,95 @@ def write_run(folder, run, *, without=()):
         "log.jsonl": a_log(),
         "report.json": a_report().to_json(),
         "verification.json": a_verification().model_dump_json(),
+        "model/config.json": '{"model_type": "llama"}',
+        "model/model.safetensors": "0123456789",
     }
-    folder.mkdir()
     for name, text in files.items():
         if name not in without:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
+    # these name the model that they are of
+    for name, make in (("bench.json", a_bench), ("eval/evaluation.json", an_evaluation)):
+        if name not in without:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(make(folder).to_json(), encoding="utf-8")
     return folder
+
+
+def a_bench(folder):
+    """Two points; at the second nothing is decided."""
+    weights = (folder / "model" / "model.safetensors").stat().st_size
+    report = bench_of({"dense": 2 * weights, "pruned": weights})
+    (point,) = report.points
+    found = point.comparisons["pruned"].first_token
+    noisy = found.model_copy(update={"verdict": "too noisy", "ratio": make_ratio(0.9, 0.7, 1.2)})
+    pair = PointComparison(first_token=noisy, decode=noisy)
+    second = point.model_copy(update={"context": 2048, "comparisons": {"pruned": pair}})
+    return report.model_copy(update={"points": (point, second), "warnings": ()})
+
+
+def an_evaluation(folder):
+    """A text and three tasks: one that decides, one that doesn't, and a perplexity."""
+    source = ModelSource(source=str(folder / "model"))
+    lines = {
+        "dense": ModelLine(
+            name="owner/tiny-llama", fingerprint="0" * 64, parameters=134_515_008, dtype="float32"
+        ),
+        "pruned": ModelLine(
+            name="run",
+            fingerprint=Subject("pruned", source, "run").fingerprint(),
+            parameters=81_413_280,
+            dtype="float32",
+        ),
+    }
+    text = a_report().perplexities[0]
+    pair = {"dense": text.dense, "pruned": text.pruned}
+
+    def task(name, metric, values, difference):
+        figures = {
+            label: Figure(value=value, stderr=0.03)
+            for label, value in zip(pair, values, strict=True)
+        }
+        return TaskFigures(
+            name=name,
+            headline=metric,
+            num_documents=200,
+            num_subtasks=1,
+            limit=200,
+            num_fewshot=0,
+            metrics={metric: MetricFigures(figures=figures, difference=difference)},
+        )
+
+    def difference(value, low, high, p_value):
+        return Difference(
+            kind="difference" if p_value is not None else "ratio",
+            value=value,
+            low=low,
+            high=high,
+            num_documents=200,
+            p_value=p_value,
+            conclusive=p_value is None or p_value < 0.05,
+        )
+
+    return QualityReport(
+        environment={"device": "<processor>", "lm-eval": "0.4.13"},
+        models=lines,
+        texts=(
+            TextFigures(
+                name="wiki.test",
+                in_domain=True,
+                perplexities=pair,
+                same_tokens=True,
+                ratio=make_ratio(1.49, 1.4, 1.6),
+            ),
+        ),
+        tasks=(
+            task("piqa", "acc_norm", (0.68, 0.645), difference(-0.035, -0.075, 0.005, 0.14)),
+            task("hellaswag", "acc_norm", (0.43, 0.34), difference(-0.09, -0.14, -0.04, 0.001)),
+            task("lambada_openai", "perplexity", (20.0, 30.0), difference(1.5, 1.3, 1.7, None)),
+        ),
+        warnings=("the dense model misses its published figure of piqa",),
+    )
 
 
 def a_comparison(*, dense=20.09, text="wiki.test"):
