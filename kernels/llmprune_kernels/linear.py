@@ -7,15 +7,15 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from llmprune_kernels.bsr import BlockIndex, check_block, gather_blocks, scatter_blocks
 from llmprune_kernels.dispatch import Choice, choose_backend
-from llmprune_kernels.ops import block_sparse_linear, block_sparse_swiglu
+from llmprune_kernels.ops import block_sparse_linear, block_sparse_mlp, block_sparse_swiglu
 from llmprune_kernels.work import Work
 
 # What a state dict holds of an index; the rest follows from it.
 SAVED = ("row_ptr", "col")
-DERIVED = ("row", "t_ptr", "t_row", "t_idx")
 
 
 class BlockSparseLinear(nn.Module):
@@ -120,9 +120,15 @@ class BlockSparseLinear(nn.Module):
         """Where the blocks are."""
         # read as attributes of a module they would take three times as long
         buffers: dict[str, Any] = self._buffers
-        tensors = {name: buffers[name] for name in (*SAVED, *DERIVED)}
         return BlockIndex(
-            **tensors, max_per_row=self.max_per_row, max_per_column=self.max_per_column
+            buffers["row_ptr"],
+            buffers["col"],
+            buffers["row"],
+            buffers["t_ptr"],
+            buffers["t_row"],
+            buffers["t_idx"],
+            self.max_per_row,
+            self.max_per_column,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,7 +203,7 @@ class BlockSparseLinear(nn.Module):
 
 
 class BlockSparseMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) with the first two products fused."""
+    """down(silu(gate(x)) * up(x)) with the first two products fused; at best all three."""
 
     def __init__(
         self, gate_proj: BlockSparseLinear, up_proj: BlockSparseLinear, down_proj: nn.Module
@@ -221,14 +227,34 @@ class BlockSparseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (..., hidden_size) in and out."""
-        gate, up = self.gate_proj, self.up_proj
-        if _has_blocks(gate) and _has_blocks(up):
-            joined = block_sparse_swiglu(x, gate.values, gate.index, up.values, up.index)
-        else:
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if not (_has_blocks(gate) and _has_blocks(up)):
             # one of them was made dense again, or keeps a dense copy
-            joined = functional.silu(gate(x)) * up(x)
-        return self.down_proj(joined)
+            return down(functional.silu(gate(x)) * up(x))
+        if _has_blocks(down) and not _is_watched(down):
+            return block_sparse_mlp(
+                x,
+                (gate.values, gate.index),
+                (up.values, up.index),
+                (down.values, down.index),
+                down.bias,
+            )
+        return down(block_sparse_swiglu(x, gate.values, gate.index, up.values, up.index))
 
 
 def _has_blocks(layer: nn.Module) -> TypeGuard[BlockSparseLinear]:
     return isinstance(layer, BlockSparseLinear) and layer.dense is None
+
+
+def _is_watched(layer: BlockSparseLinear) -> bool:
+    """Whether more than its own forward may run when the layer is called; compilers find out."""
+    return bool(
+        torch.compiler.is_compiling()
+        or type(layer) is not BlockSparseLinear
+        or "forward" in layer.__dict__
+        or layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or has_any_global_hook()
+    )

@@ -1,4 +1,6 @@
-"""The C++ products of `native/`: x W^T, its fused SwiGLU and dy W, for float32, bfloat16, float16.
+"""The C++ products of `native/`, for float32, bfloat16 and float16.
+
+x W^T, its fused SwiGLU, a whole gated MLP, and dy W.
 
 They are compiled when they are first needed, by the compiler that CXX names or the first of c++,
 g++ and clang++, and kept in a cache folder. Without a compiler, or where the build fails, one
@@ -19,6 +21,8 @@ from torch import Tensor
 from llmprune_kernels import native_build
 from llmprune_kernels.bsr import BLOCK_SIDES, BlockIndex
 
+# The stored blocks of a weight, and where they are.
+Weight = tuple[Tensor, BlockIndex]
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -30,6 +34,7 @@ _HEAD = [_INT] * 3 + [_POINTER] + [_SIZE] * 6
 _SIGNATURES = {
     "llmprune_linear": [*_HEAD, *[_POINTER] * 5],
     "llmprune_linear_swiglu": [*_HEAD, *[_POINTER] * 7],
+    "llmprune_gated_mlp": [*_HEAD, *[_POINTER] * 6, *[_SIZE] * 3, *[_POINTER] * 5],
     "llmprune_grad_input": [*_HEAD, *[_POINTER] * 5],
 }
 
@@ -90,15 +95,11 @@ def linear(
     """
     rows, columns = _check(x, values, index, columns=True)
     out_features = index.block_rows * rows
-    if bias is not None and (bias.shape != (out_features,) or bias.dtype != x.dtype):
-        raise ValueError(
-            f"bias must be {x.dtype} of shape ({out_features},), got {bias.dtype} of shape "
-            f"{tuple(bias.shape)}"
-        )
-    bias = None if bias is None else bias.contiguous()
+    bias = _checked_bias(bias, out_features, x.dtype)
     y = x.new_empty(*x.shape[:-1], out_features)
-    tensors = (values, index.row_ptr, index.col, bias, y)
-    _call("llmprune_linear", x, using, (index.block_rows, rows, columns), values.numel(), tensors)
+    sizes = (index.block_rows, rows, columns)
+    pointers = (*_pointers(values, index), _pointer(bias), y.data_ptr())
+    _call("llmprune_linear", x, using, values.numel(), (*sizes, *pointers))
     return y
 
 
@@ -116,20 +117,58 @@ def linear_swiglu(
     Both weights have one shape and are cut into blocks of one shape; which blocks are stored may
     differ. For the other arguments, results and errors see `linear`.
     """
-    rows, columns = block = _check(x, gate, gate_index, columns=True)
-    if (
-        _check(x, up, up_index, columns=True) != block
-        or gate_index.block_rows != up_index.block_rows
-    ):
+    sizes = _check_pair(x, gate, gate_index, up, up_index)
+    y = x.new_empty(*x.shape[:-1], sizes[0] * sizes[1])
+    pointers = (*_pointers(gate, gate_index), *_pointers(up, up_index), y.data_ptr())
+    _call("llmprune_linear_swiglu", x, using, gate.numel() + up.numel(), (*sizes, *pointers))
+    return y
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    bias: Tensor | None = None,
+    *,
+    using: str | None = None,
+) -> Tensor:
+    """y = (silu(x Wg^T) * (x Wu^T)) Wd^T + bias, with the bits of `linear_swiglu` and `linear`.
+
+    What is between the products is rounded to x's dtype as it is by those. For many rows it is
+    never whole in memory.
+
+    Args:
+        x: Shape (..., hidden_size), any strides.
+        gate: Values and index, as for `linear`.
+        up: A weight of the gate's shape, in blocks of one shape with the gate's.
+        down: A weight of shape (out_features, intermediate_size), in any blocks.
+        bias: Shape (out_features,), of x's dtype.
+        using: As for `linear`.
+
+    Returns:
+        Shape (..., out_features), contiguous.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit.
+        RuntimeError: There is no native library.
+    """
+    sizes = _check_pair(x, *gate, *up)
+    rows, columns = _check_weight(*down, x.dtype)
+    down_blocks, hidden = down[1].block_rows, down[1].block_columns * columns
+    if hidden != sizes[0] * sizes[1]:
         raise ValueError(
-            "gate and up must have one shape and one block, got blocks "
-            f"{tuple(gate.shape[1:])} and {tuple(up.shape[1:])}, "
-            f"{gate_index.block_rows} and {up_index.block_rows} block rows"
+            f"down must have as many in_features as gate and up have out_features, "
+            f"{sizes[0] * sizes[1]}, got {hidden}"
         )
-    y = x.new_empty(*x.shape[:-1], gate_index.block_rows * rows)
-    tensors = (gate, gate_index.row_ptr, gate_index.col, up, up_index.row_ptr, up_index.col, y)
-    sizes = (gate_index.block_rows, rows, columns)
-    _call("llmprune_linear_swiglu", x, using, sizes, gate.numel() + up.numel(), tensors)
+    bias = _checked_bias(bias, down_blocks * rows, x.dtype)
+    y = x.new_empty(*x.shape[:-1], down_blocks * rows)
+    arguments = (
+        *(*sizes, *_pointers(*gate), *_pointers(*up)),
+        *(down_blocks, rows, columns, *_pointers(*down), _pointer(bias), y.data_ptr()),
+    )
+    numbers = gate[0].numel() + up[0].numel() + down[0].numel()
+    _call("llmprune_gated_mlp", x, using, numbers, arguments)
     return y
 
 
@@ -139,9 +178,9 @@ def grad_input(
     """dx = dy W, shape (..., in_features); arguments and errors as for `linear`."""
     rows, columns = _check(dy, values, index, columns=False)
     dx = dy.new_empty(*dy.shape[:-1], index.block_columns * columns)
-    tensors = (values, index.t_ptr, index.t_row, index.t_idx, dx)
     sizes = (index.block_columns, rows, columns)
-    _call("llmprune_grad_input", dy, using, sizes, values.numel(), tensors)
+    pointers = (one.data_ptr() for one in (values, index.t_ptr, index.t_row, index.t_idx, dx))
+    _call("llmprune_grad_input", dy, using, values.numel(), (*sizes, *pointers))
     return dx
 
 
@@ -149,10 +188,10 @@ def _call(
     name: str,
     x: Tensor,
     using: str | None,
-    sizes: tuple[int, int, int],
     numbers: int,
-    tensors: tuple[Tensor | None, ...],
+    arguments: tuple[int | None, ...],
 ) -> None:
+    """Call a function with what all begin with and `arguments`; `numbers` of weights are read."""
     library = _loaded()
     level = _best() if using is None else INSTRUCTION_SETS.index(using)
     if level > _best():
@@ -166,44 +205,84 @@ def _call(
         x = x if x.stride(1) == 1 else x.contiguous()
         x_stride = x.stride(0)
     threads = torch.get_num_threads() if num_rows * numbers >= _MIN_THREADED_WORK else 1
-    status = getattr(library, name)(
-        ELEMENTS[x.dtype],
-        level,
-        threads,
-        x.data_ptr(),
-        x_stride,
-        num_rows,
-        in_size,
-        *sizes,
-        *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
-    )
+    head = (ELEMENTS[x.dtype], level, threads, x.data_ptr(), x_stride, num_rows, in_size)
+    status = getattr(library, name)(*head, *arguments)
     if status == _NO_MEMORY:
         raise MemoryError(f"no memory to pack {num_rows} rows of {in_size} numbers")
     if status:
         raise ValueError(f"{x.dtype} needs more than {INSTRUCTION_SETS[level]} instructions")
 
 
+def _pointers(values: Tensor, index: BlockIndex) -> tuple[int, int, int]:
+    return values.data_ptr(), index.row_ptr.data_ptr(), index.col.data_ptr()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def _check(x: Tensor, values: Tensor, index: BlockIndex, *, columns: bool) -> tuple[int, int]:
     """(rows, columns) of a block, when C++ can read all; x is as wide as the weight, or as high."""
-    num_blocks, *block = values.shape
+    block = _check_weight(values, index, x.dtype)
     in_size = index.block_columns * block[1] if columns else index.block_rows * block[0]
     if x.dim() < 1 or x.shape[-1] != in_size:
         raise ValueError(f"x must have shape (..., {in_size}), got {tuple(x.shape)}")
-    if x.dtype not in ELEMENTS or values.dtype != x.dtype:
+    if not x.is_cpu:
+        raise ValueError(f"x must be on the CPU, got {x.device}")
+    return block
+
+
+def _check_pair(
+    x: Tensor, gate: Tensor, gate_index: BlockIndex, up: Tensor, up_index: BlockIndex
+) -> tuple[int, int, int]:
+    """Block rows, and (rows, columns) of a block, when C++ can read all."""
+    block = _check(x, gate, gate_index, columns=True)
+    if (
+        _check_weight(up, up_index, x.dtype) != block
+        or up_index.block_rows != gate_index.block_rows
+        or up_index.block_columns != gate_index.block_columns
+    ):
+        raise ValueError(
+            "gate and up must have one shape and one block, got "
+            f"{gate_index.block_rows}x{gate_index.block_columns} and "
+            f"{up_index.block_rows}x{up_index.block_columns} of the blocks "
+            f"{tuple(gate.shape[1:])} and {tuple(up.shape[1:])}"
+        )
+    return gate_index.block_rows, *block
+
+
+def _check_weight(values: Tensor, index: BlockIndex, dtype: torch.dtype) -> tuple[int, int]:
+    """(rows, columns) of a block, when C++ can read them as numbers of x's dtype."""
+    if values.dtype != dtype or dtype not in ELEMENTS:
         raise ValueError(
             "x and values must be of one dtype, float32, bfloat16 or float16, got "
-            f"{x.dtype} and {values.dtype}"
+            f"{dtype} and {values.dtype}"
         )
-    if not (x.is_cpu and values.is_cpu and index.row_ptr.is_cpu):
-        raise ValueError(f"x, values and index must be on the CPU, got {x.device}, {values.device}")
+    if not (values.is_cpu and index.row_ptr.is_cpu):
+        raise ValueError(
+            f"values and index must be on the CPU, got {values.device}, {index.row_ptr.device}"
+        )
+    num_blocks, rows, columns = values.shape
     if num_blocks != index.num_blocks or not values.is_contiguous():
         raise ValueError(
             f"values must be {index.num_blocks} contiguous blocks, got shape "
             f"{tuple(values.shape)} with strides {values.stride()}"
         )
-    if block[0] not in BLOCK_SIDES or block[1] not in BLOCK_SIDES:
-        raise ValueError(f"block sides must be of {BLOCK_SIDES}, got {tuple(block)}")
-    return block[0], block[1]
+    if rows not in BLOCK_SIDES or columns not in BLOCK_SIDES:
+        raise ValueError(f"block sides must be of {BLOCK_SIDES}, got {(rows, columns)}")
+    return rows, columns
+
+
+def _checked_bias(bias: Tensor | None, out_features: int, dtype: torch.dtype) -> Tensor | None:
+    """Contiguous, if there is one that C++ can add."""
+    if bias is None:
+        return None
+    if bias.shape != (out_features,) or bias.dtype != dtype or not bias.is_cpu:
+        raise ValueError(
+            f"bias must be {dtype} of shape ({out_features},) on the CPU, got {bias.dtype} of "
+            f"shape {tuple(bias.shape)} on {bias.device}"
+        )
+    return bias.contiguous()
 
 
 def _loaded() -> ctypes.CDLL:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from llmprune_kernels import cpu, native, products, reference
 from llmprune_kernels.bsr import BlockIndex
 from llmprune_kernels.dispatch import Backend, choose_backend, is_outrun
+from llmprune_kernels.native import Weight
 from llmprune_kernels.work import Work
 
 
@@ -69,6 +70,36 @@ def block_sparse_swiglu(
     x, gate, up = _cast(x, gate, up)
     _check_pair(x, gate, gate_index, up, up_index)
     return torch.ops.llmprune.block_sparse_swiglu(x, gate, up, *_flat(gate_index), *_flat(up_index))
+
+
+def block_sparse_mlp(
+    x: Tensor,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(silu(x Wg^T) * (x Wu^T)) Wd^T + bias; differentiable.
+
+    Two operators, or, where nothing would see them, one call of C++ if it is chosen for each of the
+    products. The bits are the same.
+
+    Args:
+        x: Shape (..., hidden_size).
+        gate: Stored blocks of Wg, shape (num_blocks, rows, columns), and where they are.
+        up: Of Wu; number and places may differ from the gate's.
+        down: Of Wd, shape (out_features, intermediate_size), in any blocks.
+        bias: Shape (out_features,).
+
+    Returns:
+        Shape (..., out_features).
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit.
+    """
+    if _is_plain(x, gate[0], up[0], down[0], bias) and products.is_one_call(x, gate, up, down):
+        return native.gated_mlp(x, gate, up, down, bias)
+    return block_sparse_linear(block_sparse_swiglu(x, *gate, *up), *down, bias)
 
 
 def _flat(index: BlockIndex) -> tuple[Any, ...]:
