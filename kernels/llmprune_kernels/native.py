@@ -14,6 +14,7 @@ import ctypes
 import functools
 import platform
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +70,21 @@ def uses_amx(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and instruction_set() == "amx"
 
 
+class Product(NamedTuple):
+    """A C++ function with all arguments but x, the place of y, and what goes with the processor.
+
+    `arguments` hold pointers: whoever keeps a product keeps the tensors that it was made of, and
+    their memory. `numbers` of weights are multiplied.
+    """
+
+    function: str
+    dtype: torch.dtype
+    in_size: int
+    out_size: int
+    numbers: int
+    arguments: tuple[int | None, ...]
+
+
 def linear(
     x: Tensor,
     values: Tensor,
@@ -93,14 +109,8 @@ def linear(
         ValueError: A shape, dtype or device does not fit.
         RuntimeError: There is no native library.
     """
-    rows, columns = _check(x, values, index, columns=True)
-    out_features = index.block_rows * rows
-    bias = _checked_bias(bias, out_features, x.dtype)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    sizes = (index.block_rows, rows, columns)
-    pointers = (*_pointers(values, index), _pointer(bias), y.data_ptr())
-    _call("llmprune_linear", x, using, values.numel(), (*sizes, *pointers))
-    return y
+    bias = None if bias is None else bias.contiguous()
+    return run(linear_product(x.dtype, (values, index), bias), x, using=using)
 
 
 def linear_swiglu(
@@ -117,11 +127,7 @@ def linear_swiglu(
     Both weights have one shape and are cut into blocks of one shape; which blocks are stored may
     differ. For the other arguments, results and errors see `linear`.
     """
-    sizes = _check_pair(x, gate, gate_index, up, up_index)
-    y = x.new_empty(*x.shape[:-1], sizes[0] * sizes[1])
-    pointers = (*_pointers(gate, gate_index), *_pointers(up, up_index), y.data_ptr())
-    _call("llmprune_linear_swiglu", x, using, gate.numel() + up.numel(), (*sizes, *pointers))
-    return y
+    return run(_swiglu_product(x.dtype, (gate, gate_index), (up, up_index)), x, using=using)
 
 
 def gated_mlp(
@@ -153,102 +159,103 @@ def gated_mlp(
         ValueError: A shape, dtype or device does not fit.
         RuntimeError: There is no native library.
     """
-    sizes = _check_pair(x, *gate, *up)
-    rows, columns = _check_weight(*down, x.dtype)
-    down_blocks, hidden = down[1].block_rows, down[1].block_columns * columns
-    if hidden != sizes[0] * sizes[1]:
+    bias = None if bias is None else bias.contiguous()
+    return run(gated_mlp_product(x.dtype, gate, up, down, bias), x, using=using)
+
+
+def linear_product(dtype: torch.dtype, weight: Weight, bias: Tensor | None = None) -> Product:
+    """`linear` for x of a dtype; errors are its own, and the bias must be contiguous."""
+    rows, columns = _check_weight(*weight, dtype)
+    values, index = weight
+    block_rows = index.block_rows
+    sizes = (block_rows * rows, values.numel())
+    arguments = (block_rows, rows, columns, *_pointers(weight), _bias(bias, sizes[0], dtype))
+    return Product("llmprune_linear", dtype, index.block_columns * columns, *sizes, arguments)
+
+
+def gated_mlp_product(
+    dtype: torch.dtype, gate: Weight, up: Weight, down: Weight, bias: Tensor | None = None
+) -> Product:
+    """`gated_mlp` for x of a dtype; errors are its own, and the bias must be contiguous."""
+    opening, closing = _swiglu_product(dtype, gate, up), linear_product(dtype, down, bias)
+    if opening.out_size != closing.in_size:
         raise ValueError(
-            f"down must have as many in_features as gate and up have out_features, "
-            f"{sizes[0] * sizes[1]}, got {hidden}"
+            "down must have as many in_features as gate and up have out_features, "
+            f"{opening.out_size}, got {closing.in_size}"
         )
-    bias = _checked_bias(bias, down_blocks * rows, x.dtype)
-    y = x.new_empty(*x.shape[:-1], down_blocks * rows)
-    arguments = (
-        *(*sizes, *_pointers(*gate), *_pointers(*up)),
-        *(down_blocks, rows, columns, *_pointers(*down), _pointer(bias), y.data_ptr()),
-    )
-    numbers = gate[0].numel() + up[0].numel() + down[0].numel()
-    _call("llmprune_gated_mlp", x, using, numbers, arguments)
-    return y
+    sizes = (opening.in_size, closing.out_size, opening.numbers + closing.numbers)
+    arguments = (*opening.arguments, *closing.arguments)
+    return Product("llmprune_gated_mlp", dtype, *sizes, arguments)
+
+
+def _swiglu_product(dtype: torch.dtype, gate: Weight, up: Weight) -> Product:
+    rows, columns = block = _check_weight(*gate, dtype)
+    block_rows, block_columns = shape = (gate[1].block_rows, gate[1].block_columns)
+    if _check_weight(*up, dtype) != block or (up[1].block_rows, up[1].block_columns) != shape:
+        raise ValueError(
+            f"gate and up must have one shape and one block, got {block_rows}x{block_columns} and "
+            f"{up[1].block_rows}x{up[1].block_columns} of the blocks {block} and "
+            f"{tuple(up[0].shape[1:])}"
+        )
+    sizes = (block_columns * columns, block_rows * rows, gate[0].numel() + up[0].numel())
+    arguments = (block_rows, rows, columns, *_pointers(gate), *_pointers(up))
+    return Product("llmprune_linear_swiglu", dtype, *sizes, arguments)
 
 
 def grad_input(
     dy: Tensor, values: Tensor, index: BlockIndex, *, using: str | None = None
 ) -> Tensor:
     """dx = dy W, shape (..., in_features); arguments and errors as for `linear`."""
-    rows, columns = _check(dy, values, index, columns=False)
-    dx = dy.new_empty(*dy.shape[:-1], index.block_columns * columns)
-    sizes = (index.block_columns, rows, columns)
-    pointers = (one.data_ptr() for one in (values, index.t_ptr, index.t_row, index.t_idx, dx))
-    _call("llmprune_grad_input", dy, using, values.numel(), (*sizes, *pointers))
-    return dx
+    rows, columns = _check_weight(values, index, dy.dtype)
+    sizes = (index.block_rows * rows, index.block_columns * columns, values.numel())
+    pointers = (one.data_ptr() for one in (values, index.t_ptr, index.t_row, index.t_idx))
+    arguments = (index.block_columns, rows, columns, *pointers)
+    return run(Product("llmprune_grad_input", dy.dtype, *sizes, arguments), dy, using=using)
 
 
-def _call(
-    name: str,
-    x: Tensor,
-    using: str | None,
-    numbers: int,
-    arguments: tuple[int | None, ...],
-) -> None:
-    """Call a function with what all begin with and `arguments`; `numbers` of weights are read."""
-    library = _loaded()
+def run(product: Product, x: Tensor, *, using: str | None = None) -> Tensor:
+    """y of x.
+
+    Args:
+        product: Made for x's dtype, of tensors that are still there.
+        x: Shape (..., in_size), any strides.
+        using: As for `linear`.
+
+    Returns:
+        Shape (..., out_size), contiguous.
+
+    Raises:
+        ValueError: x does not fit.
+    """
+    function, dtype, in_size, out_size, numbers, arguments = product
+    shape = x.shape
+    if not shape or shape[-1] != in_size:
+        raise ValueError(f"x must have shape (..., {in_size}), got {tuple(shape)}")
+    if x.dtype != dtype or not x.is_cpu:
+        raise ValueError(f"x must be {dtype} on the CPU, got {x.dtype} on {x.device}")
     level = _best() if using is None else INSTRUCTION_SETS.index(using)
-    if level > _best():
+    if using is not None and level > _best():
         raise ValueError(f"using must be at most {INSTRUCTION_SETS[_best()]!r}, got {using!r}")
-    in_size = x.shape[-1]
+    y = x.new_empty(*shape[:-1], out_size)
     num_rows, x_stride = x.numel() // in_size, in_size
     if num_rows == 0:
-        return
+        return y
     if not x.is_contiguous():
         x = x.reshape(num_rows, in_size)
         x = x if x.stride(1) == 1 else x.contiguous()
         x_stride = x.stride(0)
     threads = torch.get_num_threads() if num_rows * numbers >= _MIN_THREADED_WORK else 1
-    head = (ELEMENTS[x.dtype], level, threads, x.data_ptr(), x_stride, num_rows, in_size)
-    status = getattr(library, name)(*head, *arguments)
+    head = (ELEMENTS[dtype], level, threads, x.data_ptr(), x_stride, num_rows, in_size)
+    status = getattr(_loaded(), function)(*head, *arguments, y.data_ptr())
     if status == _NO_MEMORY:
         raise MemoryError(f"no memory to pack {num_rows} rows of {in_size} numbers")
     if status:
-        raise ValueError(f"{x.dtype} needs more than {INSTRUCTION_SETS[level]} instructions")
+        raise ValueError(f"{dtype} needs more than {INSTRUCTION_SETS[level]} instructions")
+    return y
 
 
-def _pointers(values: Tensor, index: BlockIndex) -> tuple[int, int, int]:
-    return values.data_ptr(), index.row_ptr.data_ptr(), index.col.data_ptr()
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _check(x: Tensor, values: Tensor, index: BlockIndex, *, columns: bool) -> tuple[int, int]:
-    """(rows, columns) of a block, when C++ can read all; x is as wide as the weight, or as high."""
-    block = _check_weight(values, index, x.dtype)
-    in_size = index.block_columns * block[1] if columns else index.block_rows * block[0]
-    if x.dim() < 1 or x.shape[-1] != in_size:
-        raise ValueError(f"x must have shape (..., {in_size}), got {tuple(x.shape)}")
-    if not x.is_cpu:
-        raise ValueError(f"x must be on the CPU, got {x.device}")
-    return block
-
-
-def _check_pair(
-    x: Tensor, gate: Tensor, gate_index: BlockIndex, up: Tensor, up_index: BlockIndex
-) -> tuple[int, int, int]:
-    """Block rows, and (rows, columns) of a block, when C++ can read all."""
-    block = _check(x, gate, gate_index, columns=True)
-    if (
-        _check_weight(up, up_index, x.dtype) != block
-        or up_index.block_rows != gate_index.block_rows
-        or up_index.block_columns != gate_index.block_columns
-    ):
-        raise ValueError(
-            "gate and up must have one shape and one block, got "
-            f"{gate_index.block_rows}x{gate_index.block_columns} and "
-            f"{up_index.block_rows}x{up_index.block_columns} of the blocks "
-            f"{tuple(gate.shape[1:])} and {tuple(up.shape[1:])}"
-        )
-    return gate_index.block_rows, *block
+def _pointers(weight: Weight) -> tuple[int, int, int]:
+    return weight[0].data_ptr(), weight[1].row_ptr.data_ptr(), weight[1].col.data_ptr()
 
 
 def _check_weight(values: Tensor, index: BlockIndex, dtype: torch.dtype) -> tuple[int, int]:
@@ -273,16 +280,21 @@ def _check_weight(values: Tensor, index: BlockIndex, dtype: torch.dtype) -> tupl
     return rows, columns
 
 
-def _checked_bias(bias: Tensor | None, out_features: int, dtype: torch.dtype) -> Tensor | None:
-    """Contiguous, if there is one that C++ can add."""
+def _bias(bias: Tensor | None, out_features: int, dtype: torch.dtype) -> int | None:
+    """Where it is, if there is one that C++ can add."""
     if bias is None:
         return None
-    if bias.shape != (out_features,) or bias.dtype != dtype or not bias.is_cpu:
+    if (
+        bias.shape != (out_features,)
+        or bias.dtype != dtype
+        or not (bias.is_cpu and bias.is_contiguous())
+    ):
         raise ValueError(
-            f"bias must be {dtype} of shape ({out_features},) on the CPU, got {bias.dtype} of "
-            f"shape {tuple(bias.shape)} on {bias.device}"
+            f"bias must be {dtype} of shape ({out_features},), contiguous and on the CPU, got "
+            f"{bias.dtype} of shape {tuple(bias.shape)} with strides {bias.stride()} on "
+            f"{bias.device}"
         )
-    return bias.contiguous()
+    return bias.data_ptr()
 
 
 def _loaded() -> ctypes.CDLL:

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import register_flop_formula
 from llmprune_kernels import cpu, native, products, reference
 from llmprune_kernels.bsr import BlockIndex
 from llmprune_kernels.dispatch import Backend, choose_backend, is_outrun
-from llmprune_kernels.native import Weight
 from llmprune_kernels.work import Work
 
 
@@ -72,36 +71,6 @@ def block_sparse_swiglu(
     return torch.ops.llmprune.block_sparse_swiglu(x, gate, up, *_flat(gate_index), *_flat(up_index))
 
 
-def block_sparse_mlp(
-    x: Tensor,
-    gate: Weight,
-    up: Weight,
-    down: Weight,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """(silu(x Wg^T) * (x Wu^T)) Wd^T + bias; differentiable.
-
-    Two operators, or, where nothing would see them, one call of C++ if it is chosen for each of the
-    products. The bits are the same.
-
-    Args:
-        x: Shape (..., hidden_size).
-        gate: Stored blocks of Wg, shape (num_blocks, rows, columns), and where they are.
-        up: Of Wu; number and places may differ from the gate's.
-        down: Of Wd, shape (out_features, intermediate_size), in any blocks.
-        bias: Shape (out_features,).
-
-    Returns:
-        Shape (..., out_features).
-
-    Raises:
-        ValueError: Shapes or dtypes do not fit.
-    """
-    if _is_plain(x, gate[0], up[0], down[0], bias) and products.is_one_call(x, gate, up, down):
-        return native.gated_mlp(x, gate, up, down, bias)
-    return block_sparse_linear(block_sparse_swiglu(x, *gate, *up), *down, bias)
-
-
 def _flat(index: BlockIndex) -> tuple[Any, ...]:
     return (*index.tensors().values(), index.max_per_row, index.max_per_column)
 
@@ -138,13 +107,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
 
     No gradient, autocast, compiler, trace, mode, function transform or subclass.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_watched():
         return False
     learns = torch.is_grad_enabled()
     for tensor in tensors:
@@ -155,6 +118,18 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def is_watched() -> bool:
+    """Whether a compiler, trace, autocast, mode or function transform wants to see operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 # the index in the flat form that an operator's schema can express

@@ -12,7 +12,6 @@ from llmprune_kernels import cpu, native, reference
 from llmprune_kernels.bsr import BlockIndex, scatter_blocks
 from llmprune_kernels.dispatch import Choice, choose_backend
 from llmprune_kernels.gpu_speed import DECODE_ROWS
-from llmprune_kernels.native import Weight
 from llmprune_kernels.tiles import MAX_DECODE_TOKENS
 from llmprune_kernels.triton_runtime import has_triton
 from llmprune_kernels.work import Work
@@ -56,17 +55,6 @@ def swiglu(
             return y.reshape(*x.shape[:-1], y.shape[-1])
     opened = functional.silu(linear(x, gate, gate_index, None))
     return opened * linear(x, up, up_index, None)
-
-
-def is_one_call(x: Tensor, gate: Weight, up: Weight, down: Weight) -> bool:
-    """Whether C++ is chosen for each product of a gated MLP, so that `native.gated_mlp` may run."""
-    if not x.numel() or gate[0].shape[1:] != up[0].shape[1:]:
-        return False
-    work = Work.of(x, *gate)
-    works = [work, Work.of(x, *down, num_rows=work.num_rows)]
-    if up[0].shape != gate[0].shape:
-        works.append(Work.of(x, *up))
-    return all(choose_backend(one).backend == "native" for one in works)
 
 
 def dense_weight(values: Tensor, index: BlockIndex) -> Tensor:
