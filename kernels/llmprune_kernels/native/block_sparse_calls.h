@@ -28,6 +28,7 @@ struct Kernels {
   bool is_prepared;  // a tile can read x as it is
   int64_t lanes;
   int64_t chain;  // numbers of a row that a panel sums up before it adds to what it has
+  int64_t part_columns;  // outputs that a thread takes at one time, for a few rows
   int64_t tile_rows;
   int64_t tile_columns[kMaxTileRows + 1];
   void (*tiles[kMaxTileRows + 1])(const TileCall&, const void* x, const void* w, float* out);

@@ -2,18 +2,17 @@
 
 // Where panels become as fast, with 16 lanes.
 constexpr int64_t kMaxFewRows = 11;
-constexpr int64_t kMaxTileColumns = 16;
+constexpr int64_t kMaxPartColumns = 16;
 
-// Threads take parts of block rows, as many outputs as the widest tile has: narrower ones, of other
-// rows, take turns within it. Block rows are few, and uneven shares of them make threads wait.
+// Threads take parts of block rows: those are few, and uneven shares of them make threads wait.
 int64_t num_parts(const Kernels& kernels, const Problem& p) {
-  return p.out_size() / kernels.tile_columns[1];
+  return p.out_size() / kernels.part_columns;
 }
 
 // Sums of a part, that begins at output `at` of a block row, for all rows of x.
 void sum_part(const Kernels& kernels, const Problem& p, const Weight& weight, int64_t block,
               int64_t at, const char* x, int64_t x_row, float* sums) {
-  const int64_t begin = weight.pointer[block], columns = kernels.tile_columns[1];
+  const int64_t begin = weight.pointer[block], columns = kernels.part_columns;
   const int64_t block_size = p.height * p.width;
   const TileCall call{weight.column + begin, weight.pointer[block + 1] - begin, block_size,
                       p.width, x_row, columns};
@@ -31,8 +30,8 @@ void sum_part(const Kernels& kernels, const Problem& p, const Weight& weight, in
 
 void write_part(const Kernels& kernels, const Problem& p, int64_t part, const char* x,
                 int64_t x_row) {
-  alignas(64) float sums[2][kMaxFewRows * kMaxTileColumns];
-  const int64_t columns = kernels.tile_columns[1], n = part * columns;
+  alignas(64) float sums[2][kMaxFewRows * kMaxPartColumns];
+  const int64_t columns = kernels.part_columns, n = part * columns;
   for (int64_t i = 0; i < p.num_weights; i++) {
     sum_part(kernels, p, p.weights[i], n / p.height, n % p.height, x, x_row, sums[i]);
   }

@@ -35,7 +35,7 @@ Status run_mlp_tiles(const Kernels& kernels, const Mlp& mlp, int threads) {
     x_row = p.in_size;
     hidden = memory + between + prepared_x;
   }
-  const int64_t columns = kernels.tile_columns[1];
+  const int64_t columns = kernels.part_columns;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(dynamic)
