@@ -93,11 +93,13 @@ def test_number_of_threads_changes_no_bit(dtype, monkeypatch):
     before = torch.get_num_threads()
     try:
         for num_rows in (1, 5, 11, 100):
-            x, results = torch.randn(num_rows, 64).to(dtype), []
+            # other rows each time: what an earlier call left in memory is not what is wanted
+            rows, results = torch.randn(4, num_rows, 64).to(dtype), []
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
-                results += [native.gated_mlp(x, *layers) for _ in range(4)]
-            assert all(torch.equal(result, results[0]) for result in results[1:])
+                results.append([native.gated_mlp(x, *layers) for x in rows])
+            for result in results[1:]:
+                assert all(map(torch.equal, result, results[0]))
     finally:
         torch.set_num_threads(before)
 
