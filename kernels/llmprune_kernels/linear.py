@@ -7,15 +7,16 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from llmprune_kernels.bsr import BlockIndex, check_block, gather_blocks, scatter_blocks
 from llmprune_kernels.dispatch import Choice, choose_backend
-from llmprune_kernels.ops import block_sparse_linear, block_sparse_swiglu
+from llmprune_kernels.ops import block_sparse_linear, block_sparse_swiglu, is_watched
+from llmprune_kernels.prepared import PreparedProduct, run_prepared
 from llmprune_kernels.work import Work
 
 # What a state dict holds of an index; the rest follows from it.
 SAVED = ("row_ptr", "col")
-DERIVED = ("row", "t_ptr", "t_row", "t_idx")
 
 
 class BlockSparseLinear(nn.Module):
@@ -30,6 +31,7 @@ class BlockSparseLinear(nn.Module):
     row_ptr: Tensor
     col: Tensor
     dense: Tensor | None
+    _prepared: PreparedProduct | None = None
 
     def __init__(
         self,
@@ -120,13 +122,23 @@ class BlockSparseLinear(nn.Module):
         """Where the blocks are."""
         # read as attributes of a module they would take three times as long
         buffers: dict[str, Any] = self._buffers
-        tensors = {name: buffers[name] for name in (*SAVED, *DERIVED)}
         return BlockIndex(
-            **tensors, max_per_row=self.max_per_row, max_per_column=self.max_per_column
+            buffers["row_ptr"],
+            buffers["col"],
+            buffers["row"],
+            buffers["t_ptr"],
+            buffers["t_row"],
+            buffers["t_idx"],
+            self.max_per_row,
+            self.max_per_column,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x W^T + bias; x has shape (..., in_features)."""
+        if x.is_cpu and not is_watched():
+            y = run_prepared(self, (self,), x)
+            if y is not None:
+                return y
         if self.dense is not None:
             return functional.linear(x, self.dense, self.bias)
         return block_sparse_linear(x, self.values, self.index, self.bias)
@@ -146,6 +158,7 @@ class BlockSparseLinear(nn.Module):
 
     def _apply(self, *arguments: Any, **options: Any) -> BlockSparseLinear:
         """As `nn.Module._apply`; a dense copy that one kind of device asked for is dropped."""
+        self._prepared = None
         was = self.values.device.type
         super()._apply(*arguments, **options)
         if self.values.device.type != was:
@@ -168,6 +181,9 @@ class BlockSparseLinear(nn.Module):
                 threads=torch.get_num_threads(),
             )
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -197,7 +213,9 @@ class BlockSparseLinear(nn.Module):
 
 
 class BlockSparseMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) with the first two products fused."""
+    """down(silu(gate(x)) * up(x)) with the first two products fused; at best all three."""
+
+    _prepared: PreparedProduct | None = None
 
     def __init__(
         self, gate_proj: BlockSparseLinear, up_proj: BlockSparseLinear, down_proj: nn.Module
@@ -221,6 +239,10 @@ class BlockSparseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (..., hidden_size) in and out."""
+        if x.is_cpu and not is_watched():
+            y = self._at_once(x)
+            if y is not None:
+                return y
         gate, up = self.gate_proj, self.up_proj
         if _has_blocks(gate) and _has_blocks(up):
             joined = block_sparse_swiglu(x, gate.values, gate.index, up.values, up.index)
@@ -229,6 +251,36 @@ class BlockSparseMLP(nn.Module):
             joined = functional.silu(gate(x)) * up(x)
         return self.down_proj(joined)
 
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """All three products in one call of C++; None where one is not for it, or is watched."""
+        modules: dict[str, Any] = self._modules
+        layers = (modules["gate_proj"], modules["up_proj"], modules["down_proj"])
+        for layer in layers:
+            if type(layer) is not BlockSparseLinear:
+                return None
+        return None if _is_hooked(layers[2]) else run_prepared(self, layers, x)
+
+    def _apply(self, *arguments: Any, **options: Any) -> BlockSparseMLP:
+        """As `nn.Module._apply`; memory of weights that move is not kept."""
+        self._prepared = None
+        super()._apply(*arguments, **options)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
 
 def _has_blocks(layer: nn.Module) -> TypeGuard[BlockSparseLinear]:
     return isinstance(layer, BlockSparseLinear) and layer.dense is None
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    """Whether more than its class's forward runs when the layer is called."""
+    return bool(
+        "forward" in layer.__dict__
+        or layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or has_any_global_hook()
+    )

@@ -107,13 +107,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
 
     No gradient, autocast, compiler, trace, mode, function transform or subclass.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_watched():
         return False
     learns = torch.is_grad_enabled()
     for tensor in tensors:
@@ -124,6 +118,18 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def is_watched() -> bool:
+    """Whether a compiler, trace, autocast, mode or function transform wants to see operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 # the index in the flat form that an operator's schema can express

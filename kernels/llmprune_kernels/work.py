@@ -34,15 +34,22 @@ class Work(NamedTuple):
     threads: int = 1
 
     @staticmethod
-    def of(x: Tensor, values: Tensor, index: BlockIndex) -> Work:
-        """x W^T for x of shape (..., in_features), now."""
+    def of(x: Tensor, values: Tensor, index: BlockIndex, num_rows: int | None = None) -> Work:
+        """The product with a weight, now.
+
+        Args:
+            x: Shape (..., in_features).
+            values: Of the weight.
+            index: Where its blocks are.
+            num_rows: Where x only says the dtype and the device: rows of what is multiplied.
+        """
         num_blocks, rows, columns = values.shape
         block_rows, block_columns = index.block_rows, index.block_columns
         in_features = block_columns * columns
         return Work(
             x.device.type,
             x.dtype,
-            x.numel() // in_features,
+            x.numel() // in_features if num_rows is None else num_rows,
             in_features,
             block_rows * rows,
             (rows, columns),

@@ -189,6 +189,12 @@ for block in ((16, 16), (32, 16), (16, 64), (128, 128)):
                 native.linear(x, values, index, bias, using=using)
                 native.grad_input(dy, values, index, using=using)
                 native.linear_swiglu(x, values, index, values, index, using=using)
+                square = (values, BlockIndex.from_mask(torch.ones(3, 2, dtype=torch.bool)))
+                if block[0] == block[1]:
+                    wide = torch.cat([bias, bias[:block[0]]])
+                    wide = at_the_end_of_memory(wide)
+                    both = ((values, index), (values, index), square, wide)
+                    native.gated_mlp(x, *both, using=using)
 print("done")
 """
 

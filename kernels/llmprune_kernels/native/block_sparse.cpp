@@ -102,76 +102,22 @@ struct Problem {
   void* y;
 
   int64_t out_width() const { return is_transposed ? width : height; }
+  int64_t out_size() const { return out_blocks * out_width(); }  // numbers of a row of y
 };
 
-void write_row(const Kernels& kernels, const Problem& p, int64_t block, int64_t m,
+// `count` outputs of row m of y, from output n on.
+void write_row(const Kernels& kernels, const Problem& p, int64_t n, int64_t count, int64_t m,
                const float* sums, const float* up) {
-  const int64_t n = block * p.out_width();
-  char* y =
-      static_cast<char*>(p.y) + (m * p.out_blocks * p.out_width() + n) * kernels.stored_bytes;
+  char* y = static_cast<char*>(p.y) + (m * p.out_size() + n) * kernels.stored_bytes;
   if (p.num_weights == 2) {
-    kernels.finish_swiglu(sums, up, y, p.out_width());
+    kernels.finish_swiglu(sums, up, y, count);
   } else {
     const char* bias = static_cast<const char*>(p.bias);
-    kernels.finish(sums, bias ? bias + n * kernels.stored_bytes : nullptr, y, p.out_width());
+    kernels.finish(sums, bias ? bias + n * kernels.stored_bytes : nullptr, y, count);
   }
 }
 
-void sum_tiles(const Kernels& kernels, const Problem& p, const Weight& weight, int64_t block,
-               const char* x, int64_t x_row, float* sums) {
-  const int64_t begin = weight.pointer[block];
-  const TileCall call{weight.column + begin, weight.pointer[block + 1] - begin,
-                      p.height * p.width, p.height, p.width, x_row, p.height};
-  const char* w =
-      static_cast<const char*>(weight.values) + begin * call.block_size * kernels.stored_bytes;
-  if (p.num_rows <= kMaxStreamRows) {
-    kernels.streams[p.num_rows](call, x, w, sums);
-    return;
-  }
-  // Tiles of other rows of x take turns on what has just been read.
-  for (int64_t n = 0; n < p.height; n += kMaxLanes) {
-    for (int64_t m = 0; m < p.num_rows; m += kernels.tile_rows) {
-      const int64_t rest = p.num_rows - m;
-      const int64_t rows = rest < kernels.tile_rows ? rest : kernels.tile_rows;
-      for (int64_t at = n; at < n + kMaxLanes; at += kTileColumns) {
-        kernels.tiles[rows](call, x + m * x_row * kernels.prepared_bytes,
-                            w + at * p.width * kernels.stored_bytes, sums + m * p.height + at);
-      }
-    }
-  }
-}
-
-// Where panels become as fast, with 16 lanes.
-constexpr int64_t kMaxFewRows = 11;
-
-// A few rows of x, at most kMaxFewRows: lanes along in_features.
-Status run_tiles(const Kernels& kernels, const Problem& p, int threads) {
-  const char* x = static_cast<const char*>(p.x);
-  int64_t x_row = p.x_stride;
-  char* prepared = nullptr;
-  if (!kernels.is_prepared) {
-    prepared = static_cast<char*>(malloc(p.num_rows * p.in_size * kernels.prepared_bytes));
-    if (!prepared) return kNoMemory;
-    for (int64_t m = 0; m < p.num_rows; m++) {
-      kernels.prepare(x + m * p.x_stride * kernels.stored_bytes,
-                      prepared + m * p.in_size * kernels.prepared_bytes, p.in_size);
-    }
-    x = prepared;
-    x_row = p.in_size;
-  }
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t block = 0; block < p.out_blocks; block++) {
-    alignas(64) float sums[2][kMaxFewRows * kMaxSide];
-    for (int64_t i = 0; i < p.num_weights; i++) {
-      sum_tiles(kernels, p, p.weights[i], block, x, x_row, sums[i]);
-    }
-    for (int64_t m = 0; m < p.num_rows; m++) {
-      write_row(kernels, p, block, m, sums[0] + m * p.height, sums[1] + m * p.height);
-    }
-  }
-  free(prepared);
-  return kDone;
-}
+#include "block_sparse_few_rows.h"
 
 void sum_panel(const Kernels& kernels, const Problem& p, const Weight& weight, int64_t block,
                const void* x, int64_t vectors, float* sums) {
@@ -211,7 +157,8 @@ void write_panel(const Kernels& kernels, const Problem& p, int64_t block, int64_
   }
   for (int64_t m = 0; m < rows; m++) {
     const int64_t at = m * p.out_width();
-    write_row(kernels, p, block, first + m, sums[0] + at, sums[1] + at);
+    write_row(kernels, p, block * p.out_width(), p.out_width(), first + m, sums[0] + at,
+              sums[1] + at);
   }
 }
 
@@ -271,11 +218,12 @@ Status run(const Kernels& kernels, const Problem& p, int threads) {
   many.num_rows = p.num_rows - rest;
   left.num_rows = rest;
   left.x = static_cast<const char*>(p.x) + many.num_rows * p.x_stride * kernels.stored_bytes;
-  left.y = static_cast<char*>(p.y) +
-           many.num_rows * p.out_blocks * p.out_width() * kernels.stored_bytes;
+  left.y = static_cast<char*>(p.y) + many.num_rows * p.out_size() * kernels.stored_bytes;
   const Status status = many.num_rows ? run_panels(kernels, many, threads) : kDone;
   return status == kDone ? run_tiles(kernels, left, threads) : status;
 }
+
+#include "block_sparse_mlp.h"
 
 bool find_kernels(int element, int instruction_set, Kernels* found) {
 #if IS_X86
@@ -356,6 +304,29 @@ EXPORT int llmprune_linear_swiglu(int element, int instruction_set, int threads,
                          {up, up_row_pointer, up_column, nullptr}},
                         2, nullptr, y};
   return run(kernels, problem, threads);
+}
+
+// silu(x Wg^T) * (x Wu^T) as above, times Wd^T, whose blocks may have another shape; `bias` may be
+// null.
+EXPORT int llmprune_gated_mlp(int element, int instruction_set, int threads, const void* x,
+                              int64_t x_stride, int64_t num_rows, int64_t in_features,
+                              int64_t block_rows, int64_t height, int64_t width, const void* gate,
+                              const int32_t* gate_row_pointer, const int32_t* gate_column,
+                              const void* up, const int32_t* up_row_pointer,
+                              const int32_t* up_column, int64_t down_block_rows,
+                              int64_t down_height, int64_t down_width, const void* down,
+                              const int32_t* down_row_pointer, const int32_t* down_column,
+                              const void* bias, void* y) {
+  Kernels kernels;
+  if (!find_kernels(element, instruction_set, &kernels)) return kNotSupported;
+  const int64_t between = block_rows * height;
+  const Mlp mlp{{x, x_stride, num_rows, in_features, block_rows, height, width, false,
+                 {{gate, gate_row_pointer, gate_column, nullptr},
+                  {up, up_row_pointer, up_column, nullptr}},
+                 2, nullptr, nullptr},
+                {nullptr, between, num_rows, between, down_block_rows, down_height, down_width,
+                 false, {{down, down_row_pointer, down_column, nullptr}, {}}, 1, bias, y}};
+  return run_mlp(kernels, mlp, threads);
 }
 
 // dy W, through the blocks ordered by column.
