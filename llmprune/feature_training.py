@@ -22,8 +22,15 @@ from llmprune.forward_selection import ForwardAttention
 LEARNING_RATE = 1e-2
 # logits must part within one phase, weights need not; wide tables have a range instead
 LOGIT_LEARNING_RATE = 5e-2
-# In wide tables: about as far as the logit with the largest gradient moves in a phase.
-LOGIT_RANGE = 10.0
+# In wide tables: about as far as the logit with the largest gradient moves in a phase. The best
+# and the last of those that compete there start about 1 apart; at 10 the start counts for nothing.
+LOGIT_RANGE = 1.0
+# In wide tables a phase is so many times shorter: training corrects the prior, and longer phases
+# (50 steps for 10) choose no better.
+PHASES_FOR_ONE = 5
+# In wide tables: of the squared weights that are behind gates, half of it added to the loss. A few
+# columns fit every row of such a table, and then nothing is left for the next to explain.
+GATED_DECAY = 0.05
 # AdamW's: with the rate above a weight that nothing feeds fades in a hundred steps, two phases.
 # On spoken letters (ISOLET) accuracy rises by one to two points over no decay; at 3 it falls again.
 WEIGHT_DECAY = 1.0
@@ -34,48 +41,27 @@ PENALTY_SHARE = 0.5
 # With fewer rows than this per network, the picks of a single one are a matter of its random start.
 ROWS_PER_NETWORK = 512
 MAX_NETWORKS = 8
-# With two the hidden layer of 67, dealt out to 32, would have next to nothing to combine.
-MIN_UNITS_PER_NETWORK = 4
 # More candidates than this per row, and chance alone makes some of them fit: the table is wide.
 # Then so many per row compete.
 CANDIDATES_PER_ROW, COMPETING_PER_ROW = 8, 2
-# Of steps and networks, where a phase has several picks.
-MAX_EFFORT = 4
+# Of the ridge on a column's weight where it is fitted alone: a standard normal prior.
+LONE_RIDGE, NEWTON_STEPS, LARGEST_STEP = 1.0, 8, 2.0
+# A column that explains nothing starts so far below one that explains all, not infinitely far.
+LEAST_SHARE = 1e-4
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What a fit spends on a table.
-
-    Attributes:
-        picks: Picks that share a phase.
-        steps: A phase is so many times as long as one of a single pick in a table with more rows.
-        networks: How many share the gates.
-    """
-
-    picks: int
-    steps: int
-    networks: int
-
-
-def effort_for(num_candidates: int, num_rows: int) -> Effort:
-    """One pick a phase, and a network from 512 rows on, two at 256, eight up to 64.
+def networks_for(num_rows: int) -> int:
+    """How many networks share the gates: one from 512 rows on, two at 256, eight up to 64.
 
     A small table is fitted at once from many sets of columns, so a single network's logits depend
     on its start; the mean gradient over several starts (and bootstrap samples) does so less.
-
-    With more than 8 candidates per row there is a pick a phase for every 2 of them per row: for
-    thousands of columns in tens of rows all picks in one phase. The rows are fitted after a few
-    picks, and what is left for the next to explain is noise; copies of a good column are then
-    the better choice, since each averages the noise of the others. What is saved in phases goes
-    into steps and networks, up to four times as many.
     """
-    picks = 1
-    if num_candidates > CANDIDATES_PER_ROW * num_rows:
-        picks = math.ceil(num_candidates / (COMPETING_PER_ROW * num_rows))
-    more = min(MAX_EFFORT, picks)
-    networks = min(MAX_NETWORKS * more, max(1, ROWS_PER_NETWORK * more // num_rows))
-    return Effort(picks, more, networks)
+    return min(MAX_NETWORKS, max(1, ROWS_PER_NETWORK // num_rows))
+
+
+def is_wide(num_candidates: int, num_rows: int) -> bool:
+    """Whether there are more than 8 candidates per row, so that some fit by chance."""
+    return num_candidates > CANDIDATES_PER_ROW * num_rows
 
 
 @dataclass(frozen=True)
@@ -104,6 +90,13 @@ class Table:
         """Classes, or 1 for a real target."""
         return 1 if self.targets.is_floating_point() else int(self.targets.max()) + 1
 
+    @property
+    def indicators(self) -> Tensor:
+        """The targets as columns, float32: real ones as they are, 0 and 1 for each class."""
+        if self.targets.is_floating_point():
+            return self.targets[:, None]
+        return functional.one_hot(self.targets).float()
+
 
 def screen(table: Table, costs: Tensor, budget: float, num_kept: int) -> Tensor:
     """Candidates that may compete, ascending: all, unless there are more than 8 per row.
@@ -114,15 +107,76 @@ def screen(table: Table, costs: Tensor, budget: float, num_kept: int) -> Tensor:
     """
     num_rows = len(table.inputs)
     num_left = max(COMPETING_PER_ROW * num_rows, 2 * num_kept)
-    if len(costs) <= max(CANDIDATES_PER_ROW * num_rows, num_left):
+    if not is_wide(len(costs), num_rows) or len(costs) <= num_left:
         return torch.arange(len(costs))
-    targets = table.targets[:, None]
-    if not targets.is_floating_point():
-        targets = functional.one_hot(table.targets).float()
+    targets = table.indicators
     products = table.inputs.T @ (targets - targets.mean(0))
     effects = torch.zeros(len(costs)).index_add(0, table.owner, products.square().sum(1))
     effects = (effects / costs).masked_fill(costs > budget, -1.0)
     return effects.sort(descending=True, stable=True).indices[:num_left].sort().values
+
+
+def explained_alone(table: Table) -> Tensor:
+    """How much of the targets each column explains by itself, between 0 and 1, shape (columns,).
+
+    Real targets: the squared correlation. Classes: Cox and Snell's equivalent of it,
+    1 - exp(-2 gain), with the gain in mean log-likelihood of a logistic regression of each class
+    against the others, averaged over the classes. Unlike the linear effect, it does not take it as
+    noise that one class has its values far out, and apart from each other.
+    """
+    inputs, targets = table.inputs, table.indicators
+    if table.targets.is_floating_point():
+        moments = inputs.square().sum(0) * (targets - targets.mean()).square().sum()
+        products = (inputs.T @ (targets - targets.mean()))[:, 0]
+        return products.square() / moments.clamp_min(torch.finfo(torch.float32).tiny)
+    shares = torch.stack([logistic_gain(inputs, target) for target in targets.T])
+    return (1 - (-2 * shares).exp()).mean(0)
+
+
+def logistic_gain(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean log-likelihood that each column gains over none, in nats, shape (columns,).
+
+    Newton's steps on weight and offset of every column at once, with a standard normal prior on
+    the weight, so that a column which separates the rows has a finite one.
+
+    Args:
+        inputs: Standardised columns, shape (rows, columns).
+        targets: 0 or 1, float, shape (rows,).
+    """
+    # of a single class nothing is to be explained, and no offset is finite
+    share = targets.mean().clamp(0.5 / len(targets), 1 - 0.5 / len(targets))
+    weights = torch.zeros(inputs.shape[1])
+    offsets = torch.full_like(weights, float(torch.logit(share)))
+    for _ in range(NEWTON_STEPS):
+        guesses = torch.sigmoid(inputs * weights + offsets)
+        errors = targets[:, None] - guesses
+        # where all guesses are certain there is no curvature left
+        curvature = guesses * (1 - guesses) + 1e-6
+        pull = (errors * inputs).sum(0) - LONE_RIDGE * weights
+        plain, mixed = curvature.sum(0), (curvature * inputs).sum(0)
+        steep = (curvature * inputs.square()).sum(0) + LONE_RIDGE
+        area = plain * steep - mixed.square()
+        # far from the optimum a full step can overshoot
+        shift = (steep * errors.sum(0) - mixed * pull) / area
+        turn = (plain * pull - mixed * errors.sum(0)) / area
+        offsets = offsets + shift.clamp(-LARGEST_STEP, LARGEST_STEP)
+        weights = weights + turn.clamp(-LARGEST_STEP, LARGEST_STEP)
+    margins = inputs * weights + offsets
+    likelihood = (targets[:, None] * margins - functional.softplus(margins)).mean(0)
+    alone = share * share.log() + (1 - share) * (1 - share).log()
+    gain = likelihood - LONE_RIDGE / 2 * weights.square() / len(inputs) - alone
+    return gain.clamp_min(0)
+
+
+def prior_logits(table: Table, costs: Tensor) -> Tensor:
+    """Where logits start in a wide table: log of what a candidate explains alone, per cost.
+
+    Largest 0, shape (candidates,). On tens of rows the network's own evidence is weak, and it moves
+    the logits by about 1 only; in tables with more rows it has to find everything by itself.
+    """
+    shares = torch.zeros(len(costs)).index_add(0, table.owner, explained_alone(table))
+    values = (shares.clamp_min(LEAST_SHARE) / costs).log().float()
+    return values - values.max()
 
 
 class SharedScaleAdam:
@@ -131,7 +185,7 @@ class SharedScaleAdam:
     With one each, as in Adam, every entry moves as far as its gradient is consistent, however
     small; one that helps a little, always, then overtakes one that helps a lot. Here the steps keep
     the gradients' proportions, as in gradient descent, and are as free of scale as Adam's. That is
-    for phases of several picks, all from one ranking; with one pick a phase Adam was better.
+    for wide tables, where logits start from a prior that must not be drowned.
     """
 
     def __init__(self, values: Tensor, rate: float) -> None:
@@ -163,7 +217,7 @@ class GatedNetworks:
         table: Table,
         engine: ForwardAttention,
         *,
-        effort: Effort,
+        wide: bool,
         hidden_size: int,
         generator: torch.Generator,
     ) -> None:
@@ -172,22 +226,21 @@ class GatedNetworks:
         Args:
             table: The rows.
             engine: Holds the logits and makes the picks, one unit per candidate.
-            effort: How many networks, and whether the table is wide.
-            hidden_size: ReLU units of all networks together, dealt out evenly; 4 each where that
-                would be fewer.
+            wide: Whether the table was, before `screen`.
+            hidden_size: ReLU units of all networks together, dealt out evenly.
             generator: Of the weights and the batches.
         """
         self.table, self.engine, self.generator = table, engine, generator
-        self.num_networks = effort.networks
-        # by softmax gates; linear ones were tried with Adam alone
-        self.shares_scale = effort.picks > 1 and engine.gate == "softmax"
+        self.num_networks = networks_for(len(table.inputs))
+        # by softmax gates; linear ones have a penalty of their own
+        self.from_prior = wide and engine.gate == "softmax"
         num_columns = table.inputs.shape[1]
 
         def normal(*shape: int, fan_in: int) -> Tensor:
             draw = torch.randn(*shape, generator=generator)
             return (draw / math.sqrt(fan_in)).requires_grad_()
 
-        hidden_size = min(hidden_size, max(MIN_UNITS_PER_NETWORK, hidden_size // effort.networks))
+        hidden_size = max(1, hidden_size // self.num_networks)
         size = self.num_networks * hidden_size
         self.reader = normal(num_columns, size, fan_in=num_columns)
         self.writer = normal(self.num_networks, hidden_size, table.num_outputs, fan_in=hidden_size)
@@ -203,7 +256,7 @@ class GatedNetworks:
             {"params": [self.writer], "weight_decay": WEIGHT_DECAY},
             {"params": self.biases},
         ]
-        if not self.shares_scale:
+        if not self.from_prior:
             parameters.append({"params": [engine.logits], "lr": LOGIT_LEARNING_RATE})
         self.optimizer = torch.optim.AdamW(
             parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True
@@ -247,11 +300,13 @@ class GatedNetworks:
         if gates is not None:
             reader = reader * gates[self.table.owner, None]
         loss = self.loss(reader, *self.draw())
+        if self.from_prior:
+            loss = loss + GATED_DECAY / 2 * reader.square().sum()
         if strength:
             loss = loss + self.engine.penalty(self.squares(self.reader), strength)
         loss.backward()
         self.optimizer.step()
-        if gates is not None and self.shares_scale:
+        if gates is not None and self.from_prior:
             self.logit_optimizer.step()
 
     def squares(self, values: Tensor) -> Tensor:
@@ -278,7 +333,7 @@ def train_selection(
     table: Table,
     engine: ForwardAttention,
     *,
-    effort: Effort,
+    wide: bool,
     hidden_size: int,
     num_steps: int,
     generator: torch.Generator,
@@ -288,15 +343,14 @@ def train_selection(
     Args:
         table: The rows.
         engine: Nothing selected yet.
-        effort: As `effort_for` has it for the whole table, before `screen`.
+        wide: Whether the whole table was (`is_wide`), before `screen`.
         hidden_size: ReLU units of all networks together.
-        num_steps: Optimizer steps of a phase, before `effort` makes them more.
+        num_steps: Optimizer steps of a phase; from a prior, a fifth of them are done.
         generator: Of the weights and the batches.
     """
-    num_steps *= effort.steps
-    networks = GatedNetworks(
-        table, engine, effort=effort, hidden_size=hidden_size, generator=generator
-    )
+    networks = GatedNetworks(table, engine, wide=wide, hidden_size=hidden_size, generator=generator)
+    if networks.from_prior:
+        num_steps = max(1, num_steps // PHASES_FOR_ONE)
     for _ in range(round(WARM_UP_SHARE * num_steps * engine.num_phases)):
         networks.step(None, 0.0)
     while not engine.is_done:
