@@ -2,21 +2,22 @@
 
 The paper's feature selection (Yasuda et al. 2023, arXiv 2209.14881): a warm-up with every gate
 open, then one phase per pick, each trained before its pick is made; weights are carried over from
-phase to phase and only the logits begin anew. Networks have one hidden layer, and all of them
-share the gates. Torch alone: `llmprune.features` has the scikit-learn side.
+phase to phase and only the logits begin anew. Networks have one hidden layer. They share the gates,
+or, in wide tables, have gates and a bootstrap sample of the rows each, and vote. Torch alone:
+`llmprune.features` has the scikit-learn side.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmprune.feature_table import Table
 from llmprune.forward_selection import ForwardAttention
 
 LEARNING_RATE = 1e-2
@@ -41,13 +42,6 @@ PENALTY_SHARE = 0.5
 # With fewer rows than this per network, the picks of a single one are a matter of its random start.
 ROWS_PER_NETWORK = 512
 MAX_NETWORKS = 8
-# More candidates than this per row, and chance alone makes some of them fit: the table is wide.
-# Then so many per row compete.
-CANDIDATES_PER_ROW, COMPETING_PER_ROW = 8, 2
-# Of the ridge on a column's weight where it is fitted alone: a standard normal prior.
-LONE_RIDGE, NEWTON_STEPS, LARGEST_STEP = 1.0, 8, 2.0
-# A column that explains nothing starts so far below one that explains all, not infinitely far.
-LEAST_SHARE = 1e-4
 
 
 def networks_for(num_rows: int) -> int:
@@ -57,126 +51,6 @@ def networks_for(num_rows: int) -> int:
     on its start; the mean gradient over several starts (and bootstrap samples) does so less.
     """
     return min(MAX_NETWORKS, max(1, ROWS_PER_NETWORK // num_rows))
-
-
-def is_wide(num_candidates: int, num_rows: int) -> bool:
-    """Whether there are more than 8 candidates per row, so that some fit by chance."""
-    return num_candidates > CANDIDATES_PER_ROW * num_rows
-
-
-@dataclass(frozen=True)
-class Table:
-    """What the networks learn from.
-
-    Attributes:
-        inputs: Standardised columns, shape (rows, columns), float32.
-        targets: Class numbers, shape (rows,), int64; or real targets, shape (rows,), float32.
-        owner: The candidate that each column belongs to, shape (columns,), int64.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    owner: Tensor
-
-    @staticmethod
-    def of(inputs: Tensor, targets: Tensor, groups: Sequence[Tensor]) -> Table:
-        """The table of these groups' columns; what is in no group is left out."""
-        sizes = torch.tensor([len(group) for group in groups])
-        owner = torch.repeat_interleave(torch.arange(len(groups)), sizes)
-        return Table(inputs[:, torch.cat(list(groups))], targets, owner)
-
-    @property
-    def num_outputs(self) -> int:
-        """Classes, or 1 for a real target."""
-        return 1 if self.targets.is_floating_point() else int(self.targets.max()) + 1
-
-    @property
-    def indicators(self) -> Tensor:
-        """The targets as columns, float32: real ones as they are, 0 and 1 for each class."""
-        if self.targets.is_floating_point():
-            return self.targets[:, None]
-        return functional.one_hot(self.targets).float()
-
-
-def screen(table: Table, costs: Tensor, budget: float, num_kept: int) -> Tensor:
-    """Candidates that may compete, ascending: all, unless there are more than 8 per row.
-
-    Then the 2 per row (twice `num_kept`, if that is more) with the largest linear effect per cost
-    that the budget can pay for: squared norm of their columns' products with the targets (sure
-    independence screening, Fan and Lv 2008, arXiv math/0612857).
-    """
-    num_rows = len(table.inputs)
-    num_left = max(COMPETING_PER_ROW * num_rows, 2 * num_kept)
-    if not is_wide(len(costs), num_rows) or len(costs) <= num_left:
-        return torch.arange(len(costs))
-    targets = table.indicators
-    products = table.inputs.T @ (targets - targets.mean(0))
-    effects = torch.zeros(len(costs)).index_add(0, table.owner, products.square().sum(1))
-    effects = (effects / costs).masked_fill(costs > budget, -1.0)
-    return effects.sort(descending=True, stable=True).indices[:num_left].sort().values
-
-
-def explained_alone(table: Table) -> Tensor:
-    """How much of the targets each column explains by itself, between 0 and 1, shape (columns,).
-
-    Real targets: the squared correlation. Classes: Cox and Snell's equivalent of it,
-    1 - exp(-2 gain), with the gain in mean log-likelihood of a logistic regression of each class
-    against the others, averaged over the classes. Unlike the linear effect, it does not take it as
-    noise that one class has its values far out, and apart from each other.
-    """
-    inputs, targets = table.inputs, table.indicators
-    if table.targets.is_floating_point():
-        moments = inputs.square().sum(0) * (targets - targets.mean()).square().sum()
-        products = (inputs.T @ (targets - targets.mean()))[:, 0]
-        return products.square() / moments.clamp_min(torch.finfo(torch.float32).tiny)
-    shares = torch.stack([logistic_gain(inputs, target) for target in targets.T])
-    return (1 - (-2 * shares).exp()).mean(0)
-
-
-def logistic_gain(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean log-likelihood that each column gains over none, in nats, shape (columns,).
-
-    Newton's steps on weight and offset of every column at once, with a standard normal prior on
-    the weight, so that a column which separates the rows has a finite one.
-
-    Args:
-        inputs: Standardised columns, shape (rows, columns).
-        targets: 0 or 1, float, shape (rows,).
-    """
-    # of a single class nothing is to be explained, and no offset is finite
-    share = targets.mean().clamp(0.5 / len(targets), 1 - 0.5 / len(targets))
-    weights = torch.zeros(inputs.shape[1])
-    offsets = torch.full_like(weights, float(torch.logit(share)))
-    for _ in range(NEWTON_STEPS):
-        guesses = torch.sigmoid(inputs * weights + offsets)
-        errors = targets[:, None] - guesses
-        # where all guesses are certain there is no curvature left
-        curvature = guesses * (1 - guesses) + 1e-6
-        pull = (errors * inputs).sum(0) - LONE_RIDGE * weights
-        plain, mixed = curvature.sum(0), (curvature * inputs).sum(0)
-        steep = (curvature * inputs.square()).sum(0) + LONE_RIDGE
-        area = plain * steep - mixed.square()
-        # far from the optimum a full step can overshoot
-        shift = (steep * errors.sum(0) - mixed * pull) / area
-        turn = (plain * pull - mixed * errors.sum(0)) / area
-        offsets = offsets + shift.clamp(-LARGEST_STEP, LARGEST_STEP)
-        weights = weights + turn.clamp(-LARGEST_STEP, LARGEST_STEP)
-    margins = inputs * weights + offsets
-    likelihood = (targets[:, None] * margins - functional.softplus(margins)).mean(0)
-    alone = share * share.log() + (1 - share) * (1 - share).log()
-    gain = likelihood - LONE_RIDGE / 2 * weights.square() / len(inputs) - alone
-    return gain.clamp_min(0)
-
-
-def prior_logits(table: Table, costs: Tensor) -> Tensor:
-    """Where logits start in a wide table: log of what a candidate explains alone, per cost.
-
-    Largest 0, shape (candidates,). On tens of rows the network's own evidence is weak, and it moves
-    the logits by about 1 only; in tables with more rows it has to find everything by itself.
-    """
-    shares = torch.zeros(len(costs)).index_add(0, table.owner, explained_alone(table))
-    values = (shares.clamp_min(LEAST_SHARE) / costs).log().float()
-    return values - values.max()
 
 
 class SharedScaleAdam:
@@ -215,9 +89,8 @@ class GatedNetworks:
     def __init__(
         self,
         table: Table,
-        engine: ForwardAttention,
+        engines: Sequence[ForwardAttention],
         *,
-        wide: bool,
         hidden_size: int,
         generator: torch.Generator,
     ) -> None:
@@ -225,16 +98,19 @@ class GatedNetworks:
 
         Args:
             table: The rows.
-            engine: Holds the logits and makes the picks, one unit per candidate.
-            wide: Whether the table was, before `screen`.
+            engines: Hold the logits and make the picks, one unit per candidate: a single one that
+                all networks share; or several, whose logits start from a prior, with a network and
+                a bootstrap sample for each.
             hidden_size: ReLU units of all networks together, dealt out evenly.
-            generator: Of the weights and the batches.
+            generator: Of the weights, the samples and the batches.
         """
-        self.table, self.engine, self.generator = table, engine, generator
-        self.num_networks = networks_for(len(table.inputs))
-        # by softmax gates; linear ones have a penalty of their own
-        self.from_prior = wide and engine.gate == "softmax"
-        num_columns = table.inputs.shape[1]
+        self.table, self.engines, self.generator = table, engines, generator
+        self.have_own_gates = len(engines) > 1
+        num_rows, num_columns = table.inputs.shape
+        self.num_networks = len(engines) if self.have_own_gates else networks_for(num_rows)
+        if self.have_own_gates:
+            size = (num_rows, self.num_networks)
+            self.samples = torch.randint(num_rows, size, generator=generator)
 
         def normal(*shape: int, fan_in: int) -> Tensor:
             draw = torch.randn(*shape, generator=generator)
@@ -250,14 +126,14 @@ class GatedNetworks:
         ]
         # linear gates pay a penalty instead, on the unselected alone: with decay on top, what is
         # selected stays too small, and a copy of it still seems of use
-        decay = 0.0 if engine.gate == "linear" else WEIGHT_DECAY
+        decay = 0.0 if engines[0].gate == "linear" else WEIGHT_DECAY
         parameters: list[dict[str, Any]] = [
             {"params": [self.reader], "weight_decay": decay},
             {"params": [self.writer], "weight_decay": WEIGHT_DECAY},
             {"params": self.biases},
         ]
-        if not self.from_prior:
-            parameters.append({"params": [engine.logits], "lr": LOGIT_LEARNING_RATE})
+        if not self.have_own_gates:
+            parameters.append({"params": [engines[0].logits], "lr": LOGIT_LEARNING_RATE})
         self.optimizer = torch.optim.AdamW(
             parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True
         )
@@ -272,6 +148,12 @@ class GatedNetworks:
         num_rows = len(self.table.inputs)
         size = (min(num_rows, BATCH_SIZE), self.num_networks)
         drawn = torch.randint(num_rows, size, generator=self.generator)
+        if self.have_own_gates:
+            drawn = self.samples.gather(0, drawn)
+            rows, places = drawn.unique(return_inverse=True)
+            counts = torch.zeros(len(rows), self.num_networks)
+            # the loss is a mean over rows
+            return rows, counts.scatter_add(0, places, torch.full(size, len(rows) / size[0]))
         if num_rows > BATCH_SIZE:
             return drawn[:, 0], torch.ones(size)
         return torch.arange(num_rows), torch.zeros(size).scatter_add(0, drawn, torch.ones(size))
@@ -290,28 +172,35 @@ class GatedNetworks:
 
     def begin_phase(self, num_steps: int) -> None:
         """Logits have begun anew: so does what their optimizer knows of them."""
-        self.optimizer.state.pop(self.engine.logits, None)
-        self.logit_optimizer = SharedScaleAdam(self.engine.logits, LOGIT_RANGE / num_steps)
+        rate = LOGIT_RANGE / num_steps
+        self.logit_optimizers = [SharedScaleAdam(engine.logits, rate) for engine in self.engines]
+        self.optimizer.state.pop(self.engines[0].logits, None)
 
-    def step(self, gates: Tensor | None, strength: float) -> None:
-        """One step on weights and logits; `gates` None leaves all open."""
+    def step(self, strength: float | None) -> None:
+        """One step on weights and logits.
+
+        Args:
+            strength: Of the penalty of linear gates, 0 for none; None leaves all gates open.
+        """
         self.optimizer.zero_grad()
         reader = self.reader
-        if gates is not None:
-            reader = reader * gates[self.table.owner, None]
+        if strength is not None:
+            gates = torch.stack([engine.gates() for engine in self.engines], 1)[self.table.owner]
+            reader = (reader.unflatten(1, (len(self.engines), -1)) * gates[..., None]).flatten(1)
         loss = self.loss(reader, *self.draw())
-        if self.from_prior:
+        if self.have_own_gates:
             loss = loss + GATED_DECAY / 2 * reader.square().sum()
         if strength:
-            loss = loss + self.engine.penalty(self.squares(self.reader), strength)
+            loss = loss + self.engines[0].penalty(self.squares(self.reader), strength)
         loss.backward()
         self.optimizer.step()
-        if gates is not None and self.from_prior:
-            self.logit_optimizer.step()
+        if strength is not None and self.have_own_gates:
+            for optimizer in self.logit_optimizers:
+                optimizer.step()
 
     def squares(self, values: Tensor) -> Tensor:
         """Squared norm of every candidate's part of `values`, shaped as the reading weights."""
-        sums = torch.zeros(self.engine.num_units)
+        sums = torch.zeros(self.engines[0].num_units)
         return sums.index_add(0, self.table.owner, values.square().sum(1))
 
     def threshold(self) -> float:
@@ -320,43 +209,57 @@ class GatedNetworks:
         The largest gradient norm, per square root of cost, among the unselected candidates, of the
         weights that read them (their products with the gates at 0).
         """
-        selected = self.engine.selected[self.table.owner, None]
+        engine = self.engines[0]
+        selected = engine.selected[self.table.owner, None]
         reader = (self.reader.detach() * selected).requires_grad_()
         every = torch.arange(len(self.table.inputs))
         loss = self.loss(reader, every, torch.ones(len(every), self.num_networks))
         (gradient,) = torch.autograd.grad(loss, reader)
-        pulls = self.squares(gradient).sqrt() / self.engine.costs.sqrt()
-        return float(pulls[~self.engine.selected].max())
+        pulls = self.squares(gradient).sqrt() / engine.costs.sqrt()
+        return float(pulls[~engine.selected].max())
 
 
 def train_selection(
     table: Table,
-    engine: ForwardAttention,
+    engines: Sequence[ForwardAttention],
     *,
-    wide: bool,
     hidden_size: int,
     num_steps: int,
     generator: torch.Generator,
 ) -> None:
-    """Warm up, then train and pick until the engine is done; `engine.order` has the picks.
+    """Warm up, then train and pick until every engine is done; `order` of each has its picks.
 
     Args:
         table: The rows.
-        engine: Nothing selected yet.
-        wide: Whether the whole table was (`is_wide`), before `screen`.
+        engines: Nothing selected yet; one for all networks, or one for each.
         hidden_size: ReLU units of all networks together.
-        num_steps: Optimizer steps of a phase; from a prior, a fifth of them are done.
-        generator: Of the weights and the batches.
+        num_steps: Optimizer steps of a phase; with several engines a fifth of them are done.
+        generator: Of the weights, the samples and the batches.
     """
-    networks = GatedNetworks(table, engine, wide=wide, hidden_size=hidden_size, generator=generator)
-    if networks.from_prior:
+    networks = GatedNetworks(table, engines, hidden_size=hidden_size, generator=generator)
+    if networks.have_own_gates:
         num_steps = max(1, num_steps // PHASES_FOR_ONE)
-    for _ in range(round(WARM_UP_SHARE * num_steps * engine.num_phases)):
-        networks.step(None, 0.0)
-    while not engine.is_done:
-        linear = engine.gate == "linear"
+    for _ in range(round(WARM_UP_SHARE * num_steps * engines[0].num_phases)):
+        networks.step(None)
+    while any(not engine.is_done for engine in engines):
+        linear = engines[0].gate == "linear"
         strength = PENALTY_SHARE * networks.threshold() if linear else 0.0
         networks.begin_phase(num_steps)
         for _ in range(num_steps):
-            networks.step(engine.gates(), strength)
-        engine.select()
+            networks.step(strength)
+        for engine in engines:
+            if not engine.is_done:
+                engine.select()
+
+
+def elect(orders: Sequence[Sequence[int]], prior: Tensor) -> Tensor:
+    """A score for each candidate from several selections, shape (candidates,).
+
+    How many of them have it; where these are equal, how early on average; where none has it, the
+    prior (logits, at most 0).
+    """
+    scores = torch.zeros(len(prior))
+    for order in orders:
+        late = torch.arange(len(order)) / max(1, len(order))
+        scores[list(order)] += 1 - late / (len(orders) + 1)
+    return torch.where(scores > 0, scores, prior)

@@ -16,17 +16,17 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from llmprune.errors import InputError
 from llmprune.feature_crosses import cross_candidates
-from llmprune.feature_training import (
-    SharedScaleAdam,
+from llmprune.feature_table import (
     Table,
     explained_alone,
     is_wide,
     logistic_gain,
-    networks_for,
     prior_logits,
     screen,
 )
+from llmprune.feature_training import GatedNetworks, SharedScaleAdam, elect, networks_for
 from llmprune.features import SequentialAttentionSelector
+from llmprune.forward_selection import ForwardAttention
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +35,14 @@ def regression_table(seed=0, num_rows=300, num_columns=12):
     """Columns 0, 3 and 7 matter, in this order."""
     inputs = np.random.default_rng(seed).normal(size=(num_rows, num_columns))
     return inputs, 3 * inputs[:, 0] - 2 * inputs[:, 3] + inputs[:, 7]
+
+
+def table_of(inputs, targets):
+    """Standardised, every column a candidate; whole numbers are classes."""
+    columns = torch.from_numpy((inputs - inputs.mean(0)) / inputs.std(0)).float()
+    goals = torch.from_numpy(targets)
+    goals = goals.float() if goals.is_floating_point() else goals
+    return Table.of(columns, goals, torch.arange(inputs.shape[1]).split(1))
 
 
 def curved_table(seed=0, num_rows=300):
@@ -104,14 +112,6 @@ def test_steps_of_a_shared_scale_keep_the_gradients_proportions():
 # the prior of wide tables
 
 
-def table_of(inputs, targets):
-    """Standardised, every column a candidate; whole numbers are classes."""
-    columns = torch.from_numpy((inputs - inputs.mean(0)) / inputs.std(0)).float()
-    goals = torch.from_numpy(targets)
-    goals = goals.float() if goals.is_floating_point() else goals
-    return Table.of(columns, goals, torch.arange(inputs.shape[1]).split(1))
-
-
 def test_a_column_explains_its_squared_correlation_of_real_targets():
     inputs, targets = regression_table(num_rows=40)
     expected = np.corrcoef(inputs.T, targets)[-1, :-1] ** 2
@@ -165,6 +165,70 @@ def test_logits_start_from_what_is_explained_per_cost():
     pairs = Table.of(table.inputs, table.targets, [torch.tensor([0, 1]), torch.tensor([2, 3])])
     expected = (alone[:4].view(2, 2).sum(1)).log()
     torch.testing.assert_close(prior_logits(pairs, torch.ones(2)), expected - expected.max())
+
+
+# the vote of wide tables
+
+
+def voting_networks(num_rows):
+    """Three voters; gates and prior alike at the start."""
+    inputs, targets = regression_table(num_rows=num_rows, num_columns=6)
+    engines = [ForwardAttention(6, 2, prior=torch.zeros(6)) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    table = table_of(inputs, targets)
+    return GatedNetworks(table, engines, hidden_size=12, generator=generator), engines
+
+
+def test_every_voter_has_gates_of_its_own():
+    networks, engines = voting_networks(num_rows=20)
+    networks.begin_phase(1)
+    # a network that reads nothing says nothing of its gates
+    networks.reader.data.unflatten(1, (3, 4))[:, 1] = 0.0
+    before = [engine.logits.detach().clone() for engine in engines]
+    networks.step(0.0)
+    moved = [
+        float((engine.logits.detach() - start).abs().max())
+        for engine, start in zip(engines, before, strict=True)
+    ]
+    assert moved[1] == 0
+    # the largest gradient's by the whole range of a phase of one step
+    assert moved[0] == pytest.approx(1.0, rel=1e-4)
+    assert moved[2] == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [20, 400])
+def test_every_voter_learns_from_a_bootstrap_sample(num_rows):
+    networks, _ = voting_networks(num_rows)
+    missing = [set(range(num_rows)) - set(column.tolist()) for column in networks.samples.T]
+    # a third of the rows, for each voter others
+    assert all(0.2 < len(rows) / num_rows < 0.55 for rows in missing)
+    assert missing[0] != missing[1]
+    for _ in range(20):
+        rows, counts = networks.draw()
+        # so that the loss is a mean over what was drawn
+        torch.testing.assert_close(counts.mean(0), torch.ones(3))
+        for network, absent in enumerate(missing):
+            assert not absent & set(rows[counts[:, network] > 0].tolist())
+
+
+def test_votes_decide_then_earlier_picks_then_the_prior():
+    prior = torch.tensor([-4.0, -5.0, -1.0, 0.0, -2.0, -3.0])
+    scores = elect([[1, 5, 0], [5, 0, 1], [0, 4, 1]], prior)
+    # 0 and 1 have three votes each, 0 the earlier ones; 5 has two and 4 one; none for 3 and 2
+    assert scores.sort(descending=True).indices.tolist() == [0, 1, 5, 4, 3, 2]
+
+
+def test_the_vote_keeps_number_and_budget():
+    inputs, targets = regression_table(num_rows=20, num_columns=200)
+    costs = np.ones(200)
+    costs[0] = 5.0
+    for count, budget, num_selected in ((3, 4.5, 3), (9, 4.5, 4), (3, 1.5, 1)):
+        selector = SequentialAttentionSelector(
+            None, count, costs=costs, budget=budget, random_state=0
+        )
+        selector.fit(inputs, targets)
+        assert selector.support_.sum() == num_selected
+        assert 0 not in selector.order_
 
 
 def test_a_wide_table_of_one_class_or_of_constants_is_no_error():
