@@ -2,28 +2,36 @@
 
 The paper's feature selection (Yasuda et al. 2023, arXiv 2209.14881): a warm-up with every gate
 open, then one phase per pick, each trained before its pick is made; weights are carried over from
-phase to phase and only the logits begin anew. Networks have one hidden layer, and all of them
-share the gates. Torch alone: `llmprune.features` has the scikit-learn side.
+phase to phase and only the logits begin anew. Networks have one hidden layer. They share the gates,
+or, in wide tables, have gates and a bootstrap sample of the rows each, and vote. Torch alone:
+`llmprune.features` has the scikit-learn side.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmprune.feature_table import Table
 from llmprune.forward_selection import ForwardAttention
 
 LEARNING_RATE = 1e-2
 # logits must part within one phase, weights need not; wide tables have a range instead
 LOGIT_LEARNING_RATE = 5e-2
-# In wide tables: about as far as the logit with the largest gradient moves in a phase.
-LOGIT_RANGE = 10.0
+# In wide tables: about as far as the logit with the largest gradient moves in a phase. The best
+# and the last of those that compete there start about 1 apart; at 10 the start counts for nothing.
+LOGIT_RANGE = 1.0
+# In wide tables a phase is so many times shorter: training corrects the prior, and longer phases
+# (50 steps for 10) choose no better.
+PHASES_FOR_ONE = 5
+# In wide tables: of the squared weights that are behind gates, half of it added to the loss. A few
+# columns fit every row of such a table, and then nothing is left for the next to explain.
+GATED_DECAY = 0.05
 # AdamW's: with the rate above a weight that nothing feeds fades in a hundred steps, two phases.
 # On spoken letters (ISOLET) accuracy rises by one to two points over no decay; at 3 it falls again.
 WEIGHT_DECAY = 1.0
@@ -34,95 +42,15 @@ PENALTY_SHARE = 0.5
 # With fewer rows than this per network, the picks of a single one are a matter of its random start.
 ROWS_PER_NETWORK = 512
 MAX_NETWORKS = 8
-# With two the hidden layer of 67, dealt out to 32, would have next to nothing to combine.
-MIN_UNITS_PER_NETWORK = 4
-# More candidates than this per row, and chance alone makes some of them fit: the table is wide.
-# Then so many per row compete.
-CANDIDATES_PER_ROW, COMPETING_PER_ROW = 8, 2
-# Of steps and networks, where a phase has several picks.
-MAX_EFFORT = 4
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What a fit spends on a table.
-
-    Attributes:
-        picks: Picks that share a phase.
-        steps: A phase is so many times as long as one of a single pick in a table with more rows.
-        networks: How many share the gates.
-    """
-
-    picks: int
-    steps: int
-    networks: int
-
-
-def effort_for(num_candidates: int, num_rows: int) -> Effort:
-    """One pick a phase, and a network from 512 rows on, two at 256, eight up to 64.
+def networks_for(num_rows: int) -> int:
+    """How many networks share the gates: one from 512 rows on, two at 256, eight up to 64.
 
     A small table is fitted at once from many sets of columns, so a single network's logits depend
     on its start; the mean gradient over several starts (and bootstrap samples) does so less.
-
-    With more than 8 candidates per row there is a pick a phase for every 2 of them per row: for
-    thousands of columns in tens of rows all picks in one phase. The rows are fitted after a few
-    picks, and what is left for the next to explain is noise; copies of a good column are then
-    the better choice, since each averages the noise of the others. What is saved in phases goes
-    into steps and networks, up to four times as many.
     """
-    picks = 1
-    if num_candidates > CANDIDATES_PER_ROW * num_rows:
-        picks = math.ceil(num_candidates / (COMPETING_PER_ROW * num_rows))
-    more = min(MAX_EFFORT, picks)
-    networks = min(MAX_NETWORKS * more, max(1, ROWS_PER_NETWORK * more // num_rows))
-    return Effort(picks, more, networks)
-
-
-@dataclass(frozen=True)
-class Table:
-    """What the networks learn from.
-
-    Attributes:
-        inputs: Standardised columns, shape (rows, columns), float32.
-        targets: Class numbers, shape (rows,), int64; or real targets, shape (rows,), float32.
-        owner: The candidate that each column belongs to, shape (columns,), int64.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    owner: Tensor
-
-    @staticmethod
-    def of(inputs: Tensor, targets: Tensor, groups: Sequence[Tensor]) -> Table:
-        """The table of these groups' columns; what is in no group is left out."""
-        sizes = torch.tensor([len(group) for group in groups])
-        owner = torch.repeat_interleave(torch.arange(len(groups)), sizes)
-        return Table(inputs[:, torch.cat(list(groups))], targets, owner)
-
-    @property
-    def num_outputs(self) -> int:
-        """Classes, or 1 for a real target."""
-        return 1 if self.targets.is_floating_point() else int(self.targets.max()) + 1
-
-
-def screen(table: Table, costs: Tensor, budget: float, num_kept: int) -> Tensor:
-    """Candidates that may compete, ascending: all, unless there are more than 8 per row.
-
-    Then the 2 per row (twice `num_kept`, if that is more) with the largest linear effect per cost
-    that the budget can pay for: squared norm of their columns' products with the targets (sure
-    independence screening, Fan and Lv 2008, arXiv math/0612857).
-    """
-    num_rows = len(table.inputs)
-    num_left = max(COMPETING_PER_ROW * num_rows, 2 * num_kept)
-    if len(costs) <= max(CANDIDATES_PER_ROW * num_rows, num_left):
-        return torch.arange(len(costs))
-    targets = table.targets[:, None]
-    if not targets.is_floating_point():
-        targets = functional.one_hot(table.targets).float()
-    products = table.inputs.T @ (targets - targets.mean(0))
-    effects = torch.zeros(len(costs)).index_add(0, table.owner, products.square().sum(1))
-    effects = (effects / costs).masked_fill(costs > budget, -1.0)
-    return effects.sort(descending=True, stable=True).indices[:num_left].sort().values
+    return min(MAX_NETWORKS, max(1, ROWS_PER_NETWORK // num_rows))
 
 
 class SharedScaleAdam:
@@ -131,7 +59,7 @@ class SharedScaleAdam:
     With one each, as in Adam, every entry moves as far as its gradient is consistent, however
     small; one that helps a little, always, then overtakes one that helps a lot. Here the steps keep
     the gradients' proportions, as in gradient descent, and are as free of scale as Adam's. That is
-    for phases of several picks, all from one ranking; with one pick a phase Adam was better.
+    for wide tables, where logits start from a prior that must not be drowned.
     """
 
     def __init__(self, values: Tensor, rate: float) -> None:
@@ -161,9 +89,8 @@ class GatedNetworks:
     def __init__(
         self,
         table: Table,
-        engine: ForwardAttention,
+        engines: Sequence[ForwardAttention],
         *,
-        effort: Effort,
         hidden_size: int,
         generator: torch.Generator,
     ) -> None:
@@ -171,23 +98,25 @@ class GatedNetworks:
 
         Args:
             table: The rows.
-            engine: Holds the logits and makes the picks, one unit per candidate.
-            effort: How many networks, and whether the table is wide.
-            hidden_size: ReLU units of all networks together, dealt out evenly; 4 each where that
-                would be fewer.
-            generator: Of the weights and the batches.
+            engines: Hold the logits and make the picks, one unit per candidate: a single one that
+                all networks share; or several, whose logits start from a prior, with a network and
+                a bootstrap sample for each.
+            hidden_size: ReLU units of all networks together, dealt out evenly.
+            generator: Of the weights, the samples and the batches.
         """
-        self.table, self.engine, self.generator = table, engine, generator
-        self.num_networks = effort.networks
-        # by softmax gates; linear ones were tried with Adam alone
-        self.shares_scale = effort.picks > 1 and engine.gate == "softmax"
-        num_columns = table.inputs.shape[1]
+        self.table, self.engines, self.generator = table, engines, generator
+        self.have_own_gates = len(engines) > 1
+        num_rows, num_columns = table.inputs.shape
+        self.num_networks = len(engines) if self.have_own_gates else networks_for(num_rows)
+        if self.have_own_gates:
+            size = (num_rows, self.num_networks)
+            self.samples = torch.randint(num_rows, size, generator=generator)
 
         def normal(*shape: int, fan_in: int) -> Tensor:
             draw = torch.randn(*shape, generator=generator)
             return (draw / math.sqrt(fan_in)).requires_grad_()
 
-        hidden_size = min(hidden_size, max(MIN_UNITS_PER_NETWORK, hidden_size // effort.networks))
+        hidden_size = max(1, hidden_size // self.num_networks)
         size = self.num_networks * hidden_size
         self.reader = normal(num_columns, size, fan_in=num_columns)
         self.writer = normal(self.num_networks, hidden_size, table.num_outputs, fan_in=hidden_size)
@@ -197,14 +126,14 @@ class GatedNetworks:
         ]
         # linear gates pay a penalty instead, on the unselected alone: with decay on top, what is
         # selected stays too small, and a copy of it still seems of use
-        decay = 0.0 if engine.gate == "linear" else WEIGHT_DECAY
+        decay = 0.0 if engines[0].gate == "linear" else WEIGHT_DECAY
         parameters: list[dict[str, Any]] = [
             {"params": [self.reader], "weight_decay": decay},
             {"params": [self.writer], "weight_decay": WEIGHT_DECAY},
             {"params": self.biases},
         ]
-        if not self.shares_scale:
-            parameters.append({"params": [engine.logits], "lr": LOGIT_LEARNING_RATE})
+        if not self.have_own_gates:
+            parameters.append({"params": [engines[0].logits], "lr": LOGIT_LEARNING_RATE})
         self.optimizer = torch.optim.AdamW(
             parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True
         )
@@ -219,6 +148,12 @@ class GatedNetworks:
         num_rows = len(self.table.inputs)
         size = (min(num_rows, BATCH_SIZE), self.num_networks)
         drawn = torch.randint(num_rows, size, generator=self.generator)
+        if self.have_own_gates:
+            drawn = self.samples.gather(0, drawn)
+            rows, places = drawn.unique(return_inverse=True)
+            counts = torch.zeros(len(rows), self.num_networks)
+            # the loss is a mean over rows
+            return rows, counts.scatter_add(0, places, torch.full(size, len(rows) / size[0]))
         if num_rows > BATCH_SIZE:
             return drawn[:, 0], torch.ones(size)
         return torch.arange(num_rows), torch.zeros(size).scatter_add(0, drawn, torch.ones(size))
@@ -237,26 +172,35 @@ class GatedNetworks:
 
     def begin_phase(self, num_steps: int) -> None:
         """Logits have begun anew: so does what their optimizer knows of them."""
-        self.optimizer.state.pop(self.engine.logits, None)
-        self.logit_optimizer = SharedScaleAdam(self.engine.logits, LOGIT_RANGE / num_steps)
+        rate = LOGIT_RANGE / num_steps
+        self.logit_optimizers = [SharedScaleAdam(engine.logits, rate) for engine in self.engines]
+        self.optimizer.state.pop(self.engines[0].logits, None)
 
-    def step(self, gates: Tensor | None, strength: float) -> None:
-        """One step on weights and logits; `gates` None leaves all open."""
+    def step(self, strength: float | None) -> None:
+        """One step on weights and logits.
+
+        Args:
+            strength: Of the penalty of linear gates, 0 for none; None leaves all gates open.
+        """
         self.optimizer.zero_grad()
         reader = self.reader
-        if gates is not None:
-            reader = reader * gates[self.table.owner, None]
+        if strength is not None:
+            gates = torch.stack([engine.gates() for engine in self.engines], 1)[self.table.owner]
+            reader = (reader.unflatten(1, (len(self.engines), -1)) * gates[..., None]).flatten(1)
         loss = self.loss(reader, *self.draw())
+        if self.have_own_gates:
+            loss = loss + GATED_DECAY / 2 * reader.square().sum()
         if strength:
-            loss = loss + self.engine.penalty(self.squares(self.reader), strength)
+            loss = loss + self.engines[0].penalty(self.squares(self.reader), strength)
         loss.backward()
         self.optimizer.step()
-        if gates is not None and self.shares_scale:
-            self.logit_optimizer.step()
+        if strength is not None and self.have_own_gates:
+            for optimizer in self.logit_optimizers:
+                optimizer.step()
 
     def squares(self, values: Tensor) -> Tensor:
         """Squared norm of every candidate's part of `values`, shaped as the reading weights."""
-        sums = torch.zeros(self.engine.num_units)
+        sums = torch.zeros(self.engines[0].num_units)
         return sums.index_add(0, self.table.owner, values.square().sum(1))
 
     def threshold(self) -> float:
@@ -265,44 +209,57 @@ class GatedNetworks:
         The largest gradient norm, per square root of cost, among the unselected candidates, of the
         weights that read them (their products with the gates at 0).
         """
-        selected = self.engine.selected[self.table.owner, None]
+        engine = self.engines[0]
+        selected = engine.selected[self.table.owner, None]
         reader = (self.reader.detach() * selected).requires_grad_()
         every = torch.arange(len(self.table.inputs))
         loss = self.loss(reader, every, torch.ones(len(every), self.num_networks))
         (gradient,) = torch.autograd.grad(loss, reader)
-        pulls = self.squares(gradient).sqrt() / self.engine.costs.sqrt()
-        return float(pulls[~self.engine.selected].max())
+        pulls = self.squares(gradient).sqrt() / engine.costs.sqrt()
+        return float(pulls[~engine.selected].max())
 
 
 def train_selection(
     table: Table,
-    engine: ForwardAttention,
+    engines: Sequence[ForwardAttention],
     *,
-    effort: Effort,
     hidden_size: int,
     num_steps: int,
     generator: torch.Generator,
 ) -> None:
-    """Warm up, then train and pick until the engine is done; `engine.order` has the picks.
+    """Warm up, then train and pick until every engine is done; `order` of each has its picks.
 
     Args:
         table: The rows.
-        engine: Nothing selected yet.
-        effort: As `effort_for` has it for the whole table, before `screen`.
+        engines: Nothing selected yet; one for all networks, or one for each.
         hidden_size: ReLU units of all networks together.
-        num_steps: Optimizer steps of a phase, before `effort` makes them more.
-        generator: Of the weights and the batches.
+        num_steps: Optimizer steps of a phase; with several engines a fifth of them are done.
+        generator: Of the weights, the samples and the batches.
     """
-    num_steps *= effort.steps
-    networks = GatedNetworks(
-        table, engine, effort=effort, hidden_size=hidden_size, generator=generator
-    )
-    for _ in range(round(WARM_UP_SHARE * num_steps * engine.num_phases)):
-        networks.step(None, 0.0)
-    while not engine.is_done:
-        linear = engine.gate == "linear"
+    networks = GatedNetworks(table, engines, hidden_size=hidden_size, generator=generator)
+    if networks.have_own_gates:
+        num_steps = max(1, num_steps // PHASES_FOR_ONE)
+    for _ in range(round(WARM_UP_SHARE * num_steps * engines[0].num_phases)):
+        networks.step(None)
+    while any(not engine.is_done for engine in engines):
+        linear = engines[0].gate == "linear"
         strength = PENALTY_SHARE * networks.threshold() if linear else 0.0
         networks.begin_phase(num_steps)
         for _ in range(num_steps):
-            networks.step(engine.gates(), strength)
-        engine.select()
+            networks.step(strength)
+        for engine in engines:
+            if not engine.is_done:
+                engine.select()
+
+
+def elect(orders: Sequence[Sequence[int]], prior: Tensor) -> Tensor:
+    """A score for each candidate from several selections, shape (candidates,).
+
+    How many of them have it; where these are equal, how early on average; where none has it, the
+    prior (logits, at most 0).
+    """
+    scores = torch.zeros(len(prior))
+    for order in orders:
+        late = torch.arange(len(order)) / max(1, len(order))
+        scores[list(order)] += 1 - late / (len(orders) + 1)
+    return torch.where(scores > 0, scores, prior)

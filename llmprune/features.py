@@ -16,7 +16,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from llmprune.errors import InputError
-from llmprune.feature_training import Table, effort_for, screen, train_selection
+from llmprune.feature_table import Table, is_wide, prior_logits, screen
+from llmprune.feature_training import MAX_NETWORKS, elect, train_selection
 from llmprune.forward_selection import ForwardAttention, Gate
 
 try:
@@ -64,9 +65,10 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
     Columns are standardised inside; what `transform` gives are the columns as they came. Up to 256
     rows, several networks share the gates, each on rows drawn for itself (8 of them up to 64 rows,
     2 at 256), since on so few rows the picks of one depend on its random start. With more than 8
-    candidates per row, only the 2 per row with the largest linear effect compete, and several
-    picks are made per phase, of thousands of columns in tens of rows all of them; copies of a good
-    column are then selected too. From 100 picks on, several are made per phase anyway.
+    candidates per row, only the 2 per row with the largest linear effect compete; with softmax
+    gates, 8 networks then have gates and a bootstrap sample of the rows each, logits start every
+    phase from a prior (what each candidate explains alone), and the networks vote at the end. From
+    100 picks on, several are made per phase.
 
     Args:
         estimator: Fitted on the selected columns at the end, a clone of it; `predict`, `score` and
@@ -81,9 +83,8 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
         gate: `softmax` as in the paper, or `linear`: gates that pay a group-LASSO penalty of half
             the threshold at which none would be selected.
         hidden_size: ReLU units of the hidden layer; the paper's 67. Several networks share them
-            out, to 4 each at least.
-        steps_per_phase: Optimizer steps before each pick; where a phase has several picks for want
-            of rows, up to four times as many.
+            out.
+        steps_per_phase: Optimizer steps before each pick; a fifth of them where there is a prior.
         random_state: Seed; fits with the same one select the same columns.
 
     Attributes:
@@ -144,25 +145,38 @@ class SequentialAttentionSelector(SelectorMixin, BaseEstimator):
         columns, goals = torch.from_numpy(_standardised(inputs)), self._targets(targets)
         budget = math.inf if self.budget is None else self.budget
         competing = screen(Table.of(columns, goals, groups), costs, budget, count)
-        effort = effort_for(len(groups), len(inputs))
-        engine = ForwardAttention(
-            len(competing),
-            min(count, len(competing)),
-            num_per_phase=max(effort.picks, math.ceil(count / MAX_PHASES)),
-            gate=self.gate,
-            costs=costs[competing],
-            budget=self.budget,
-            generator=generator,
-        )
+        table = Table.of(columns, goals, [groups[number] for number in competing.tolist()])
+        votes = self.gate == "softmax" and is_wide(len(groups), len(inputs))
+        prior = prior_logits(table, costs[competing]) if votes else None
+
+        def engine(num_per_phase: int, prior: torch.Tensor | None) -> ForwardAttention:
+            return ForwardAttention(
+                len(competing),
+                min(count, len(competing)),
+                num_per_phase=num_per_phase,
+                gate=self.gate,
+                costs=costs[competing],
+                budget=self.budget,
+                prior=prior,
+                generator=generator,
+            )
+
+        engines = [
+            engine(math.ceil(count / MAX_PHASES), prior)
+            for _ in range(MAX_NETWORKS if votes else 1)
+        ]
         train_selection(
-            Table.of(columns, goals, [groups[number] for number in competing.tolist()]),
-            engine,
-            effort=effort,
+            table,
+            engines,
             hidden_size=self.hidden_size,
             num_steps=self.steps_per_phase,
             generator=generator,
         )
-        self.order_ = competing[engine.order].numpy()
+        chosen = engines[0]
+        if prior is not None:
+            chosen = engine(count, elect([voter.order for voter in engines], prior))
+            chosen.select()
+        self.order_ = competing[chosen.order].numpy()
         self.ranking_ = np.full(inputs.shape[1], len(self.order_) + 1)
         for place, number in enumerate(self.order_, start=1):
             self.ranking_[self.groups_[number]] = place

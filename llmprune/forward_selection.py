@@ -62,6 +62,7 @@ class ForwardAttention(nn.Module):
         total: Total = "one",
         costs: Tensor | None = None,
         budget: float | None = None,
+        prior: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         """Nothing is selected yet.
@@ -79,16 +80,23 @@ class ForwardAttention(nn.Module):
                 weighted by the cost's square root: picks go by gain per cost. Default: all 1.
             budget: Cost that the selected units may have together, up to the rounding of `costs`.
                 Picks go by score; one that no longer fits is passed over for the next that does.
+            prior: Logits that softmax gates start every phase from, shape (num_units,): the choice
+                of the unit that is expected to help where training says nothing. Default: all 0.
             generator: Of the noise that breaks ties; by default one of its own, seed 0.
 
         Raises:
-            ValueError: A number out of its range.
+            ValueError: A number out of its range, or a prior for linear gates.
         """
         super().__init__()
         if not 1 <= num_kept <= num_units:
             raise ValueError(f"num_kept must be between 1 and {num_units} units, got {num_kept}")
         if num_per_phase < 1:
             raise ValueError(f"num_per_phase must be at least 1, got {num_per_phase}")
+        if prior is not None and (gate == "linear" or prior.shape != (num_units,)):
+            raise ValueError(
+                f"prior must be {num_units} logits of softmax gates, got {tuple(prior.shape)} for "
+                f"gate={gate!r}"
+            )
         costs = torch.ones(num_units) if costs is None else costs.detach().clone()
         if costs.shape != (num_units,) or not (costs > 0).all():
             raise ValueError(f"costs must be {num_units} positive numbers, got {costs.tolist()}")
@@ -108,6 +116,7 @@ class ForwardAttention(nn.Module):
         self.total = total
         self.order: list[int] = []
         self._generator = generator or torch.Generator().manual_seed(0)
+        self._prior = torch.zeros(num_units) if prior is None else prior.detach().clone()
         self.register_buffer("costs", costs.to(torch.get_default_dtype()))
         self.register_buffer("selected", torch.zeros(num_units, dtype=torch.bool))
         self.logits = nn.Parameter(torch.zeros(num_units))
@@ -197,9 +206,10 @@ class ForwardAttention(nn.Module):
     @torch.no_grad()
     def _draw_logits(self) -> None:
         noise = torch.randn(self.num_units, generator=self._generator)
-        start = 0.0
+        start = self._prior
         if self.gate == "linear":
-            start = 1.0 if self.total == "unselected" else 1 / max(1, int((~self.selected).sum()))
+            even = 1.0 if self.total == "unselected" else 1 / max(1, int((~self.selected).sum()))
+            start = torch.full_like(start, even)
         self.logits.copy_(start + NOISE * noise)
 
     def state(self) -> dict[str, Tensor]:

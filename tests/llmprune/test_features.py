@@ -16,8 +16,17 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from llmprune.errors import InputError
 from llmprune.feature_crosses import cross_candidates
-from llmprune.feature_training import Effort, SharedScaleAdam, Table, effort_for, screen
+from llmprune.feature_table import (
+    Table,
+    explained_alone,
+    is_wide,
+    logistic_gain,
+    prior_logits,
+    screen,
+)
+from llmprune.feature_training import GatedNetworks, SharedScaleAdam, elect, networks_for
 from llmprune.features import SequentialAttentionSelector
+from llmprune.forward_selection import ForwardAttention
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +35,14 @@ def regression_table(seed=0, num_rows=300, num_columns=12):
     """Columns 0, 3 and 7 matter, in this order."""
     inputs = np.random.default_rng(seed).normal(size=(num_rows, num_columns))
     return inputs, 3 * inputs[:, 0] - 2 * inputs[:, 3] + inputs[:, 7]
+
+
+def table_of(inputs, targets):
+    """Standardised, every column a candidate; whole numbers are classes."""
+    columns = torch.from_numpy((inputs - inputs.mean(0)) / inputs.std(0)).float()
+    goals = torch.from_numpy(targets)
+    goals = goals.float() if goals.is_floating_point() else goals
+    return Table.of(columns, goals, torch.arange(inputs.shape[1]).split(1))
 
 
 def curved_table(seed=0, num_rows=300):
@@ -71,13 +88,12 @@ def test_several_networks_find_the_columns_of_a_small_table():
     assert {0, 3} < set(selector.order_)
 
 
-def test_effort_goes_into_networks_with_few_rows_and_into_long_phases_in_wide_tables():
-    networks = [effort_for(20, rows).networks for rows in (10, 64, 256, 257, 10_000)]
-    assert networks == [8, 8, 2, 1, 1]
-    assert effort_for(400, 50) == Effort(picks=1, steps=1, networks=8)
-    assert effort_for(401, 50) == Effort(picks=5, steps=4, networks=32)
-    assert effort_for(7070, 57) == Effort(picks=63, steps=4, networks=32)
-    assert effort_for(10_000, 1000) == Effort(picks=5, steps=4, networks=2)
+def test_few_rows_get_several_networks():
+    assert [networks_for(rows) for rows in (10, 64, 256, 257, 10_000)] == [8, 8, 2, 1, 1]
+
+
+def test_a_table_of_more_than_eight_candidates_per_row_is_wide():
+    assert [is_wide(400, 50), is_wide(401, 50)] == [False, True]
 
 
 def test_steps_of_a_shared_scale_keep_the_gradients_proportions():
@@ -93,12 +109,133 @@ def test_steps_of_a_shared_scale_keep_the_gradients_proportions():
     assert values.isfinite().all()
 
 
-def test_copies_of_a_good_column_are_selected_only_in_wide_tables():
-    for num_columns, copies in ((20, 1), (600, 2)):
-        inputs, targets = regression_table(num_rows=40, num_columns=num_columns)
-        inputs[:, 1] = inputs[:, 2] = inputs[:, 0]
-        selector = SequentialAttentionSelector(None, 3, random_state=0).fit(inputs, targets)
-        assert selector.support_[:3].sum() == copies
+# the prior of wide tables
+
+
+def test_a_column_explains_its_squared_correlation_of_real_targets():
+    inputs, targets = regression_table(num_rows=40)
+    expected = np.corrcoef(inputs.T, targets)[-1, :-1] ** 2
+    np.testing.assert_allclose(explained_alone(table_of(inputs, targets)), expected, rtol=1e-4)
+
+
+def test_a_column_gains_the_likelihood_of_a_logistic_regression_on_it():
+    inputs, targets = regression_table(num_rows=40)
+    labels = (targets > 0.5).astype(int)
+    # separates the classes
+    inputs[:, 5] = targets
+    table = table_of(inputs, labels)
+    gains = logistic_gain(table.inputs, table.targets.float())
+    for column, gain in zip(table.inputs.T, gains, strict=True):
+        column = column.double().numpy()[:, None]
+        model = LogisticRegression(C=1.0, tol=1e-10).fit(column, labels)
+        right = model.predict_log_proba(column)[np.arange(40), labels].mean()
+        share = labels.mean()
+        none = share * np.log(share) + (1 - share) * np.log(1 - share)
+        penalty = model.coef_[0, 0] ** 2 / 2 / 40
+        assert float(gain) == pytest.approx(max(0, right - penalty - none), abs=2e-4)
+    shares = explained_alone(table)
+    torch.testing.assert_close(shares, 1 - (-2 * gains).exp())
+    assert shares.argmax() == 5
+
+
+def test_a_class_with_its_values_far_out_and_apart_is_no_noise():
+    """Column 0 separates the classes; column 1, of the larger linear effect, is wrong twice."""
+    labels = np.repeat([0, 1], 20)
+    inputs = np.zeros((40, 2))
+    inputs[20:, 0] = np.linspace(3, 12, 20)
+    inputs[18:, 1] = 1.0
+    table = table_of(inputs, labels)
+    linear = (table.inputs.T @ (table.targets - 0.5)).abs()
+    assert linear[0] < linear[1]
+    shares = explained_alone(table)
+    assert shares[0] > shares[1]
+
+
+def test_logits_start_from_what_is_explained_per_cost():
+    inputs, targets = regression_table(num_rows=40)
+    inputs[:, 4] = 1e9
+    inputs[0, 4] += 1e-9
+    table = table_of(np.column_stack([inputs[:, :4], inputs[:, 5:]]), targets)
+    alone = explained_alone(table)
+    costs = torch.ones(11)
+    costs[0] = 4.0
+    expected = (alone.clamp_min(1e-4) / costs).log()
+    torch.testing.assert_close(prior_logits(table, costs), expected - expected.max())
+    # of a group, the sum of its columns
+    pairs = Table.of(table.inputs, table.targets, [torch.tensor([0, 1]), torch.tensor([2, 3])])
+    expected = (alone[:4].view(2, 2).sum(1)).log()
+    torch.testing.assert_close(prior_logits(pairs, torch.ones(2)), expected - expected.max())
+
+
+# the vote of wide tables
+
+
+def voting_networks(num_rows):
+    """Three voters; gates and prior alike at the start."""
+    inputs, targets = regression_table(num_rows=num_rows, num_columns=8)
+    engines = [ForwardAttention(8, 2, prior=torch.zeros(8)) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    table = table_of(inputs, targets)
+    return GatedNetworks(table, engines, hidden_size=12, generator=generator), engines
+
+
+def test_every_voter_has_gates_of_its_own():
+    networks, engines = voting_networks(num_rows=20)
+    networks.begin_phase(1)
+    # a network that reads nothing says nothing of its gates
+    networks.reader.data.unflatten(1, (3, 4))[:, 1] = 0.0
+    before = [engine.logits.detach().clone() for engine in engines]
+    networks.step(0.0)
+    moved = [
+        float((engine.logits.detach() - start).abs().max())
+        for engine, start in zip(engines, before, strict=True)
+    ]
+    assert moved[1] == 0
+    # the largest gradient's by the whole range of a phase of one step
+    assert moved[0] == pytest.approx(1.0, rel=1e-4)
+    assert moved[2] == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [20, 400])
+def test_every_voter_learns_from_a_bootstrap_sample(num_rows):
+    networks, _ = voting_networks(num_rows)
+    missing = [set(range(num_rows)) - set(column.tolist()) for column in networks.samples.T]
+    # a third of the rows, for each voter others
+    assert all(0.2 < len(rows) / num_rows < 0.55 for rows in missing)
+    assert missing[0] != missing[1]
+    for _ in range(20):
+        rows, counts = networks.draw()
+        # so that the loss is a mean over what was drawn
+        torch.testing.assert_close(counts.mean(0), torch.ones(3))
+        for network, absent in enumerate(missing):
+            assert not absent & set(rows[counts[:, network] > 0].tolist())
+
+
+def test_votes_decide_then_earlier_picks_then_the_prior():
+    prior = torch.tensor([-4.0, -5.0, -1.0, 0.0, -2.0, -3.0])
+    scores = elect([[1, 5, 0], [5, 0, 1], [0, 4, 1]], prior)
+    # 0 and 1 have three votes each, 0 the earlier ones; 5 has two and 4 one; none for 3 and 2
+    assert scores.sort(descending=True).indices.tolist() == [0, 1, 5, 4, 3, 2]
+
+
+def test_the_vote_keeps_number_and_budget():
+    inputs, targets = regression_table(num_rows=20, num_columns=200)
+    costs = np.ones(200)
+    costs[0] = 5.0
+    for count, budget, num_selected in ((3, 4.5, 3), (9, 4.5, 4), (3, 1.5, 1)):
+        selector = SequentialAttentionSelector(
+            None, count, costs=costs, budget=budget, random_state=0
+        )
+        selector.fit(inputs, targets)
+        assert selector.support_.sum() == num_selected
+        assert 0 not in selector.order_
+
+
+def test_a_wide_table_of_one_class_or_of_constants_is_no_error():
+    inputs, _ = regression_table(num_rows=20, num_columns=200)
+    for table, labels in ((inputs, np.zeros(20, int)), (0 * inputs, np.arange(20) % 2)):
+        selector = SequentialAttentionSelector(None, 3, steps_per_phase=5, random_state=0)
+        assert selector.fit(table, labels).support_.sum() == 3
 
 
 def test_of_very_many_columns_those_with_no_linear_effect_do_not_compete():
@@ -114,8 +251,11 @@ def test_of_very_many_columns_those_with_no_linear_effect_do_not_compete():
     costs[0], costs[3] = 9.0, 1e6
     assert 3 not in screen(table, costs, 8.0, 3).tolist()
     assert 0 not in screen(table, costs, 8.0, 3).tolist()
-    selector = SequentialAttentionSelector(None, 2, random_state=0).fit(inputs[:, ::-1], targets)
-    assert selector.order_.tolist() == [399, 396]
+    selector = SequentialAttentionSelector(None, 2, random_state=0).fit(inputs, targets)
+    assert selector.order_.tolist() == [0, 3]
+    # numbers are those of the whole table
+    selector.fit(inputs[:, ::-1], targets)
+    assert selector.order_[0] == 399
 
 
 @pytest.mark.parametrize("gate", ["softmax", "linear"])

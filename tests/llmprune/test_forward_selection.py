@@ -59,6 +59,22 @@ def train(engine, inputs, targets, *, num_steps=100, decay=0.05, decayed="all"):
 # gates
 
 
+def test_every_phase_starts_from_the_prior():
+    prior = torch.tensor([0.0, -3.0, 2.0, -1.0, 1.0, -2.0])
+    engine = ForwardAttention(6, 4, num_per_phase=2, prior=prior)
+    for _ in range(2):
+        torch.testing.assert_close(engine.logits.detach(), prior, atol=1e-4, rtol=0)
+        # training that says nothing leaves the choice to it
+        engine.select()
+    assert engine.order == [2, 4, 0, 3]
+
+
+@pytest.mark.parametrize("arguments", [{"gate": "linear"}, {"num_units": 5}])
+def test_a_prior_is_one_logit_per_unit_of_softmax_gates(arguments):
+    with pytest.raises(ValueError, match=r"prior must be \d logits of softmax gates, got \(6,\)"):
+        ForwardAttention(**{"num_units": 6, "num_kept": 2} | arguments, prior=torch.zeros(6))
+
+
 @pytest.mark.parametrize(("total", "expected"), [("one", 1.0), ("unselected", 4.0)])
 def test_gates_of_the_unselected_sum_to_their_total_and_selected_are_one(total, expected):
     """T1."""
