@@ -109,8 +109,8 @@ class GatedNetworks:
         num_rows, num_columns = table.inputs.shape
         self.num_networks = len(engines) if self.have_own_gates else networks_for(num_rows)
         if self.have_own_gates:
-            size = (num_rows, self.num_networks)
-            self.samples = torch.randint(num_rows, size, generator=generator)
+            drawn = (num_rows, self.num_networks)
+            self.samples = torch.randint(num_rows, drawn, generator=generator)
 
         def normal(*shape: int, fan_in: int) -> Tensor:
             draw = torch.randn(*shape, generator=generator)
