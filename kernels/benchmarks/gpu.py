@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from gpu_cases import block_problems, correctness_cases, timed_cases
+from gpu_cases import SECTIONS, block_problems, correctness_cases, timed_cases
 
 from llmprune_kernels.precompile import workers
 from llmprune_kernels.triton_runtime import has_triton
@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     from gpu_run import Run, run_all
 
     place = torch.device("cuda", torch.cuda.current_device())
-    return run_all(Run(options.budget_s, options.results, place, options.processes))
+    sections = tuple(options.sections or ())
+    return run_all(Run(options.budget_s, options.results, place, options.processes, sections))
 
 
 def listing() -> list[str]:
@@ -54,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget-s", type=float, default=480.0, help="seconds, default 480")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the two files")
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        help="time these alone; the rest of the device's file stays, with its date",
+    )
     parser.add_argument("--processes", type=int, default=workers(), help="that check and compile")
     parser.add_argument("--list", action="store_true", help="say what would run, and end")
     return parser

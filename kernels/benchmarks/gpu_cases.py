@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,14 +50,21 @@ def correctness_cases() -> list[tuple[Problem, str, tuple[Kind, ...]]]:
     for pattern in ("empty rows", "empty", "one", "all"):
         cases.append((base, pattern, ("matmul", "tma", "grad_input", "grad_values")))
         cases.append((replace(base, tokens=16), pattern, ("decode",)))
+    # longer rows, which items share
+    long = replace(base, in_features=40 * 128)
+    for block, pattern in itertools.product(((128, 32), (64, 64)), ("balanced", "unequal", "one")):
+        cases.append((replace(long, block=block), pattern, ("tma",)))
     for dtype in (torch.float16, torch.float32):
         cases.append((replace(base, dtype=dtype), "unequal", forward))
         cases.append((replace(base, tokens=5, dtype=dtype), "unequal", ("decode",)))
     return cases
 
 
-def timed_cases() -> list[Case]:
-    """Every timed problem, the most wanted first."""
+SECTIONS = ("decode", "prefill", "gated", *(name for name, _ in BACKWARD))
+
+
+def timed_cases(sections: Collection[str] = SECTIONS) -> list[Case]:
+    """Every timed problem of some sections, the most wanted first."""
     decode = [
         Case("decode", Problem(tokens, *shape, density, (128, 32), BF16), ("decode",))
         for density, tokens, shape in itertools.product((0.5, 0.25, 0.1), (1, 16, 4), SHAPES)
@@ -66,6 +74,12 @@ def timed_cases() -> list[Case]:
         for density, tokens, shape in itertools.product(
             (0.5, 0.25, 0.75), (4096, 512, 2048), SHAPES
         )
+    ]
+    # fewer tiles than the GPU has processors: keys and values, and a short prompt
+    few = [
+        Case("prefill", Problem(tokens, *shape, density, (128, 32), BF16), ("matmul", "tma"))
+        for density in (0.5, 0.25)
+        for tokens, shape in ((512, (1024, 4096)), (128, (4096, 4096)))
     ]
     wide = [
         Case("prefill", Problem(4096, *SHAPES[0], density, (64, 64), BF16), ("matmul", "tma"))
@@ -87,7 +101,8 @@ def timed_cases() -> list[Case]:
         for name, kind in BACKWARD
     ]
     # the first of each table first: a short budget still shows every kind
-    return _round_robin(decode, prefill, wide, square, gated, *backward)
+    cases = _round_robin(decode, prefill, wide, square, gated, *backward, few)
+    return [case for case in cases if case.section in sections]
 
 
 def block_problems() -> list[Problem]:

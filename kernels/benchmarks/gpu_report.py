@@ -6,9 +6,12 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llmprune_kernels.tiles import Problem
 from llmprune_kernels.timing import Timing
@@ -25,6 +28,7 @@ class Row:
     name: str
     timing: Timing
     detail: str = ""
+    date: str = ""
 
     def products(self) -> int:
         """Dense layers' worth of products that it computes: two for a gated pair."""
@@ -52,6 +56,28 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
+    def keep_others(self, folder: Path, sections: Collection[str]) -> None:
+        """Take the rows of all other sections from the device's file, where there is one.
+
+        Raises:
+            ValueError: It was written with other versions, whose times do not belong beside these.
+        """
+        path = folder / f"{self._slug}.json"
+        if not path.exists():
+            return
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if old["versions"] != self.versions:
+            raise ValueError(
+                f"{path} has times of {old['versions']}, here is {self.versions}: time all sections"
+            )
+        for row in old["rows"]:
+            if row["section"] not in sections:
+                self.rows.append(_row_of(row, old["date"]))
+
+    @property
+    def _slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+
     @property
     def failures(self) -> list[dict[str, str]]:
         """Checks that failed."""
@@ -59,9 +85,8 @@ class Report:
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write `<device>.json` and `<device>.md`, each whole or not at all."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
         folder.mkdir(parents=True, exist_ok=True)
-        paths = folder / f"{slug}.json", folder / f"{slug}.md"
+        paths = folder / f"{self._slug}.json", folder / f"{self._slug}.md"
         _replace(paths[0], json.dumps(self.to_json(), indent=1) + "\n")
         _replace(paths[1], self.to_markdown())
         return paths
@@ -75,6 +100,7 @@ class Report:
                 "detail": row.detail,
                 **asdict(row.problem) | {"dtype": str(row.problem.dtype)},
                 **asdict(row.timing),
+                "date": row.date or self.date,
             }
             for row in self.rows
         ]
@@ -99,7 +125,11 @@ class Report:
         parts += [f"- FAILED {check['case']}: {check['problem']}" for check in self.failures]
         parts += [f"- {name}: {value:.3g}" for name, value in self.ceilings.items()]
         for section in dict.fromkeys(row.section for row in self.rows):
-            parts += ["", f"## {section}", "", _line(HEADER), _line(["---"] * len(HEADER))]
+            dates = {row.date or self.date for row in self.rows if row.section == section}
+            parts += ["", f"## {section}", ""]
+            if dates != {self.date}:
+                parts += [f"Of {', '.join(sorted(dates))}.", ""]
+            parts += [_line(HEADER), _line(["---"] * len(HEADER))]
             parts += [self._row(row) for row in self.rows if row.section == section]
         if self.left_out:
             parts += ["", "## Left out", "", *(f"- {what}" for what in self.left_out)]
@@ -132,6 +162,21 @@ class Report:
             if (other.section, other.problem, other.name) == (row.section, row.problem, name):
                 return f"{other.timing.median_us / row.timing.median_us:.2f}"
         return ""
+
+
+def _row_of(data: dict[str, Any], date: str) -> Row:
+    """A row as `to_json` wrote it; `date` where it has none of its own."""
+    problem = Problem(
+        tokens=data["tokens"],
+        out_features=data["out_features"],
+        in_features=data["in_features"],
+        density=data["density"],
+        block=(data["block"][0], data["block"][1]),
+        dtype=getattr(torch, data["dtype"].removeprefix("torch.")),
+    )
+    timing = Timing(data["median_us"], data["fastest_us"], data["slowest_us"])
+    detail, date = data.get("detail", ""), data.get("date") or date
+    return Row(data["section"], problem, data["name"], timing, detail, date)
 
 
 def _line(cells: Any) -> str:

@@ -12,7 +12,14 @@ import gpu_competitors
 import in_loop_kernel
 import torch
 import triton
-from gpu_cases import Case, block_problems, correctness_cases, pattern_mask, timed_cases
+from gpu_cases import (
+    SECTIONS,
+    Case,
+    block_problems,
+    correctness_cases,
+    pattern_mask,
+    timed_cases,
+)
 from gpu_report import Report, Row
 from torch import Tensor
 
@@ -28,8 +35,16 @@ class Run:
     """One run's place, deadline and report."""
 
     def __init__(
-        self, budget_s: float, folder: Path, place: torch.device, processes: int = 1
+        self,
+        budget_s: float,
+        folder: Path,
+        place: torch.device,
+        processes: int = 1,
+        sections: tuple[str, ...] = (),
     ) -> None:
+        """`sections`: those to time; rows of all others are kept from the file that is there."""
+        self.sections = sections
+        self.cases = timed_cases(sections or SECTIONS)
         self.place = place
         self.processes = processes
         self.device = tiles.device_of(self.place)
@@ -41,6 +56,8 @@ class Run:
             "cuda": str(torch.version.cuda),
         }
         self.report = Report(self.device.name, versions, datetime.now(UTC).date().isoformat())
+        if sections:
+            self.report.keep_others(folder, sections)
 
     def runs(self, kind: Kind) -> bool:
         """Whether the device has what a kind of kernel needs."""
@@ -71,9 +88,10 @@ def run_all(run: Run) -> int:
         return 1
     run.report.ceilings = ceilings(run.place)
     compile_timed(run)
-    compare_blocks(run)
-    compare_decode(run)
-    for case in timed_cases():
+    if not run.sections:
+        compare_blocks(run)
+        compare_decode(run)
+    for case in run.cases:
         if run.has_time(f"{case.section}: {case.problem}"):
             time_case(run, case)
     print("\n".join(str(path) for path in run.report.write(run.folder)))
@@ -81,7 +99,7 @@ def run_all(run: Run) -> int:
 
 
 def check_all(run: Run) -> None:
-    """Every correctness case, and that decode gives the same bits again and again."""
+    """Every correctness case, and that sums shared by items have the same bits every time."""
     cases = [
         (kind, pattern, problem, run.place)
         for problem, pattern, kinds in correctness_cases()
@@ -110,19 +128,20 @@ def _check(kind: Kind, pattern: str, problem: Problem, place: torch.device) -> s
     launch = trial.launch(kind, None)
     got = launch()
     wrong = trial.error(kind, got, trial.wanted(kind))
-    if not wrong and kind == "decode":
+    if not wrong and kind in ("decode", "tma"):
         same = all(torch.equal(launch(), got) for _ in range(REPETITIONS))
-        wrong = "" if same else f"decode: not the same bits in {REPETITIONS} runs"
+        wrong = "" if same else f"{kind}: not the same bits in {REPETITIONS} runs"
     return wrong
 
 
 def compile_timed(run: Run) -> None:
     """Compile what will be timed in several processes, where there are several."""
     if run.processes > 1:
-        jobs = [(kind, case.problem, None) for case in timed_cases() for kind in case.kinds]
-        jobs += [
-            (kind, problem, None) for problem in block_problems() for kind in ("matmul", "tma")
-        ]
+        jobs = [(kind, case.problem, None) for case in run.cases for kind in case.kinds]
+        if not run.sections:
+            jobs += [
+                (kind, problem, None) for problem in block_problems() for kind in ("matmul", "tma")
+            ]
         wanted = [job for job in jobs if run.runs(job[0])]
         precompile.compile_ahead(wanted, run.processes, run.deadline - time.monotonic())
 

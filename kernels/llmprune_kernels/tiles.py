@@ -46,6 +46,8 @@ BULK_COPY_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")
 SMALLEST_SHARED_BYTES = 64 << 10
 # beyond this many tokens a weight tile is no longer the larger operand of the decode kernel
 MAX_DECODE_TOKENS = 64
+# beyond this the sums that items write and read outweigh what they share
+MOST_PROMPT_ITEMS = 8
 NUMBERS = ("tokens", "out_features", "in_features", "density")
 # what an entry with a dense product's time must have
 TIMED = ("us", "dense_us", "tokens", "density")
@@ -61,7 +63,8 @@ class Tile:
         num_stages: Depth of the software pipeline.
         step: Inner size of one dot; narrower blocks are merged up to it.
         group: Token tiles that visit all block rows before the next group begins.
-        items: How many programs share a block row's blocks in decode, 0 = chosen from the problem.
+        items: How many programs share a block row's blocks in decode and tma, 0 = chosen from the
+            problem.
         rows: Rows of a block of one program in decode, 0 = all.
         swap: Whether the weights are the left operand of a prefill kernel's dot.
     """
@@ -246,13 +249,13 @@ def distance(entry: dict[str, Any], problem: Problem) -> float:
 def fit(kind: Kind, tile: Tile, problem: Problem, device: Device) -> Tile:
     """The tile with fewer stages, then fewer tokens, until its buffers fit in shared memory.
 
-    For decode also: as many token columns as there are tokens, and a number of items.
+    For decode also: as many token columns as there are tokens. For decode and tma: a number of
+    items.
     """
-    if kind == "decode":
-        if tile.block_m < problem.tokens:
-            tile = replace(tile, block_m=max(8, problem.tokens))
-        if not tile.items:
-            tile = replace(tile, items=_items(problem, device, tile.rows))
+    if kind == "decode" and tile.block_m < problem.tokens:
+        tile = replace(tile, block_m=max(8, problem.tokens))
+    if kind == "decode" and not tile.items:
+        tile = replace(tile, items=_items(problem, device, tile.rows))
     limit = SHARED_BYTES.get(device.arch, SMALLEST_SHARED_BYTES)
     while shared_bytes(kind, tile, problem.block, problem.dtype) > limit:
         if tile.num_stages > 2:
@@ -263,7 +266,7 @@ def fit(kind: Kind, tile: Tile, problem: Problem, device: Device) -> Tile:
             tile = replace(tile, step=tile.step // 2)
         else:
             break
-    return tile
+    return replace(tile, items=prompt_items(tile, problem, device)) if kind == "tma" else tile
 
 
 def shared_bytes(kind: Kind, tile: Tile, block: tuple[int, int], dtype: torch.dtype) -> int:
@@ -302,3 +305,16 @@ def _items(problem: Problem, device: Device, part: int) -> int:
         return 1
     shortest = max(1, int(problem.density * problem.in_features / 256))
     return min(max(1, math.ceil(4 * device.num_processors / parts)), shortest)
+
+
+def prompt_items(tile: Tile, problem: Problem, device: Device) -> int:
+    """Items of a tile of many tokens: as many as are all at work at once.
+
+    What a measured table asks for holds where two fit on a processor; where it asks for none, one
+    on each is the limit. Sums of an item are written and read, 8 bytes for every token and feature,
+    so an item has at least 512 inner elements.
+    """
+    num_tiles = math.ceil(problem.tokens / tile.block_m) * problem.out_features // problem.block[0]
+    longest = max(1, int(problem.density * problem.in_features / 512))
+    at_once = (2 if tile.items else 1) * device.num_processors // max(1, num_tiles)
+    return max(1, min(tile.items or MOST_PROMPT_ITEMS, at_once, longest))

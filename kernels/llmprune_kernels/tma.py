@@ -5,6 +5,10 @@ a whole tile, no thread computes addresses, and rows beyond the last token are f
 A box cannot be gathered from several block columns, so a dot's inner size is the block's columns,
 at most `step`. Where a step is twice that and rows are equally full, of an even number, blocks are
 taken in pairs, two dots a turn of the loop.
+
+Where tiles are too few for the GPU, a tile's blocks are shared by items. All but the last store
+float32 sums and count themselves done; the last waits for that count and adds the sums in their
+order: one launch, and the same bits every time.
 """
 
 from __future__ import annotations
@@ -20,12 +24,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmprune_kernels import operands, tiles
 from llmprune_kernels.bsr import BlockIndex
+from llmprune_kernels.decode import split_rows
 from llmprune_kernels.tiles import Tile
 from llmprune_kernels.walk import (
     add_product,
     lane_blocks,
     load_places,
     program_tile,
+    row_blocks,
     silu_times,
     upright,
     zero_sums,
@@ -35,7 +41,7 @@ from llmprune_kernels.walk import (
 ALIGNMENT_BYTES = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split", "per_row"])
 def tma_kernel(
     x_tensor,
     values_tensor,
@@ -44,25 +50,35 @@ def tma_kernel(
     bias_ptr,
     gate_ptr,
     y_ptr,
+    partial_ptr,
+    done_ptr,
     num_tokens,
     block_rows,
+    split,
+    per_row,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     STEP: tl.constexpr,
     PAIRS: tl.constexpr,
     GROUP: tl.constexpr,
+    ITEMS: tl.constexpr,
     SWAP: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One (BM, BN) tile of y; x boxes are (BM, STEP), weight boxes (BN, STEP)."""
-    num_tiles = tl.cdiv(num_tokens, BM)
-    token_tile, row = program_tile(tl.program_id(0), num_tiles, block_rows, GROUP)
-    first = tl.load(row_ptr + row)
-    count = tl.load(row_ptr + row + 1) - first
+    """One item of a (BM, BN) tile of y; x boxes are (BM, STEP), weight boxes (BN, STEP)."""
+    tile = tl.program_id(0) // ITEMS
+    item = tl.program_id(0) % ITEMS
+    token_tile, row = program_tile(tile, tl.cdiv(num_tokens, BM), block_rows, GROUP)
+    first, count = row_blocks(row_ptr, row, per_row, EVEN)
+    if ITEMS > 1:
+        begin = tl.minimum(item * split, count)
+        first += begin
+        count = tl.minimum(count - begin, split)
     acc = zero_sums(BM, BN, SWAP)
     if PAIRS:
         column = tl.load(col_ptr + first)
@@ -85,6 +101,70 @@ def tma_kernel(
             w = values_tensor.load([(first + lane_blocks(step, STEP, BK)) * BN, within])
             column = load_places(col_ptr + first, step + 1, STEP, BK)
             acc = add_product(x, w, acc, SWAP, UPCAST, PRECISION)
+    if ITEMS > 1:
+        sums_ptr = partial_ptr + tl.cast(tile, tl.int64) * ((ITEMS - 1) * BM * BN)
+        if item < ITEMS - 1:
+            hand_over(acc, sums_ptr + item * (BM * BN), done_ptr + tile)
+        else:
+            acc = take_over(acc, sums_ptr, done_ptr + tile, ITEMS)
+            write_tile(
+                acc, bias_ptr, gate_ptr, y_ptr, token_tile, row, num_tokens, block_rows,
+                BM, BN, SWAP, HAS_BIAS, HAS_GATE,
+            )  # fmt: skip
+    else:
+        write_tile(
+            acc, bias_ptr, gate_ptr, y_ptr, token_tile, row, num_tokens, block_rows,
+            BM, BN, SWAP, HAS_BIAS, HAS_GATE,
+        )  # fmt: skip
+
+
+@triton.jit
+def places_of(acc):
+    """Offsets of the numbers of a tile that lies row by row."""
+    width: tl.constexpr = acc.shape[1]
+    return tl.arange(0, acc.shape[0])[:, None] * width + tl.arange(0, width)[None, :]
+
+
+@triton.jit
+def hand_over(acc, sums_ptr, done_ptr):
+    """Store an item's sums, then count it as done."""
+    tl.store(sums_ptr + places_of(acc), acc)
+    tl.debug_barrier()
+    tl.atomic_add(done_ptr, 1, sem="release")
+
+
+@triton.jit
+def take_over(acc, sums_ptr, done_ptr, ITEMS: tl.constexpr):
+    """The last item's sums and those of all others, in their order, once they are there.
+
+    The others have lower program ids, so they were begun before, and they wait for nothing.
+    """
+    while tl.atomic_cas(done_ptr, ITEMS - 1, ITEMS - 1, sem="acquire") != ITEMS - 1:
+        pass
+    tl.debug_barrier()
+    size: tl.constexpr = acc.shape[0] * acc.shape[1]
+    for item in tl.static_range(ITEMS - 1):
+        acc += tl.load(sums_ptr + item * size + places_of(acc), cache_modifier=".cg")
+    return acc
+
+
+@triton.jit
+def write_tile(
+    acc,
+    bias_ptr,
+    gate_ptr,
+    y_ptr,
+    token_tile,
+    row,
+    num_tokens,
+    block_rows,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SWAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+):
+    """A tile's sums with bias and gate, to y."""
     acc = upright(acc, SWAP)
     tokens = token_tile * BM + tl.arange(0, BM)
     features = row * BN + tl.arange(0, BN)
@@ -139,14 +219,21 @@ def linear(
     step = min(tile.step, block[1])
     x_tensor = TensorDescriptor.from_tensor(x, [tile.block_m, step])
     values_tensor = TensorDescriptor.from_tensor(values.flatten(0, 1), [block[0], step])
-    grid = (triton.cdiv(x.shape[0], tile.block_m) * index.block_rows,)
+    num_tiles = triton.cdiv(x.shape[0], tile.block_m) * index.block_rows
+    split, items = split_rows(tile, block, index.max_per_row)
+    partial, done = y, index.row_ptr
+    if items > 1:
+        sums = (num_tiles, items - 1, tile.block_m * block[0])
+        partial = x.new_empty(sums, dtype=torch.float32)
+        done = torch.zeros(num_tiles, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
-        tma_kernel[grid](
+        tma_kernel[(num_tiles * items,)](
             x_tensor, values_tensor, index.row_ptr, index.col,
-            x if bias is None else bias, x if gate is None else gate, y,
-            x.shape[0], index.block_rows,
-            **constants(tile, block, x.dtype, paired=is_paired(tile, block, index)),
-            HAS_BIAS=bias is not None, HAS_GATE=gate is not None, **tile.options(),
+            x if bias is None else bias, x if gate is None else gate, y, partial, done,
+            x.shape[0], index.block_rows, split, index.max_per_row,
+            **constants(tile, block, x.dtype, paired=is_paired(tile, block, index)), ITEMS=items,
+            EVEN=index.is_balanced, HAS_BIAS=bias is not None, HAS_GATE=gate is not None,
+            **tile.options(),
         )  # fmt: skip
     return y
 
@@ -200,7 +287,7 @@ def is_paired(tile: Tile, block: tuple[int, int], index: BlockIndex) -> bool:
 def constants(
     tile: Tile, block: tuple[int, int], dtype: torch.dtype, *, paired: bool
 ) -> dict[str, Any]:
-    """The kernel's compile-time numbers of a tile, all but HAS_BIAS."""
+    """The kernel's compile-time numbers that its tile, dtype and pairing alone decide."""
     return {
         "BM": tile.block_m,
         "BN": block[0],

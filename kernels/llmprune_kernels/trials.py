@@ -6,7 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -154,7 +154,10 @@ def balanced_mask(
 def candidates(kind: Kind, problem: Problem, device: Device) -> list[Tile]:
     """Tiles worth measuring: those whose buffers fit, the table's answer first."""
     default = tiles.choose_tile(kind, device, problem)
-    found = [default, *_ways_to_cut(kind, problem, default)]
+    cuts = _ways_to_cut(kind, problem, default)
+    if kind == "tma":
+        cuts = (shared for tile in cuts for shared in _shared_tiles(tile, problem, device))
+    found = [default, *cuts]
     limit = tiles.SHARED_BYTES.get(device.arch, tiles.SMALLEST_SHARED_BYTES)
     sizes = (problem.block, problem.dtype)
     return [
@@ -189,6 +192,15 @@ def _ways_to_cut(kind: Kind, problem: Problem, default: Tile) -> Iterator[Tile]:
         sizes, (4, 8), depths, widths, swaps
     ):
         yield Tile(block_m, num_warps, depth, width, 8, swap=swap)
+
+
+def _shared_tiles(tile: Tile, problem: Problem, device: Device) -> Iterator[Tile]:
+    """The tile for one program, and of a middle depth for as many as are at work at once."""
+    yield replace(tile, items=1)
+    if tile.num_stages in (4, 6):
+        for items in (2, 4, 8):
+            if tiles.prompt_items(replace(tile, items=items), problem, device) == items:
+                yield replace(tile, items=items)
 
 
 def fastest(

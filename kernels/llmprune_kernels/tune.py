@@ -56,14 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
     device = tiles.device_of(place)
     path = tiles.user_table(device)
     deadline = time.monotonic() + options.budget_s
-    jobs = different(problems, device)
+    wanted = options.kinds.split(",")
+    jobs = [job for job in different(problems, device) if job[0] in wanted]
     precompile.compile_ahead(jobs, options.processes, options.budget_s / 2)
     for problem in problems:
         if time.monotonic() > deadline:
             print(f"{options.budget_s} s are over; {path} holds what was measured")
             break
         trial = trials.Trial.of(problem, place)
-        for kind in kinds_for(problem, device):
+        for kind in (kind for kind in kinds_for(problem, device) if kind in wanted):
             found = trials.fastest(trial, kind, device, deadline)
             if found is None:
                 print(f"no {kind} tile is correct for {problem}", file=sys.stderr)
@@ -86,6 +87,8 @@ def read_problems(options: argparse.Namespace) -> Iterator[Problem]:
         check_block(block, *shape)
     tokens = [int(number) for number in options.tokens.split(",")]
     densities = [float(number) for number in options.densities.split(",")]
+    if unknown := set(options.kinds.split(",")) - set(tiles.KINDS):
+        raise ValueError(f"kinds must be of {', '.join(tiles.KINDS)}, got {sorted(unknown)}")
     if min(tokens) < 1 or not all(0 < density <= 1 for density in densities):
         raise ValueError(
             f"tokens must be at least 1 and densities in (0, 1], got {tokens} and {densities}"
@@ -117,8 +120,9 @@ def different(problems: list[Problem], device: Device) -> list[Job]:
             for tile in trials.candidates(kind, problem, device):
                 # Triton compiles anew for one, and for a multiple of 16
                 tokens = (problem.tokens == 1, problem.tokens % 16 == 0)
-                shared = replace(tile, items=min(tile.items, 2))
-                key = (kind, shared, problem.block, problem.dtype, tokens)
+                # how many share a row is no number of decode's compiler
+                same = replace(tile, items=min(tile.items, 2)) if kind == "decode" else tile
+                key = (kind, same, problem.block, problem.dtype, tokens)
                 jobs.setdefault(key, (kind, problem, tile))
     return list(jobs.values())
 
@@ -180,6 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", default=TOKENS, help=f"default {TOKENS}")
     parser.add_argument("--densities", default=DENSITIES, help=f"default {DENSITIES}")
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
+    parser.add_argument(
+        "--kinds", default=",".join(tiles.KINDS), help="of kernel, default all that a problem has"
+    )
     parser.add_argument("--budget-s", type=float, default=600.0, help="seconds, default 600")
     parser.add_argument(
         "--processes", type=int, default=workers(), help="that compile, default all CPUs but two"

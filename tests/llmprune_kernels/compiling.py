@@ -52,6 +52,7 @@ class Compiled:
         self.arch = arch
         self.num_stages = num_stages
         self.is_gated = bool(constants.get("HAS_GATE"))
+        self.is_shared = constants.get("ITEMS", 1) > 1
         types = types or {}
         signature, attrs, given = {}, {}, {}
         for place, name in enumerate(kernel.arg_names):
@@ -136,6 +137,8 @@ def _plain_type(name: str, dtype: str) -> str:
         return "*i32"
     if name == "partial_ptr":
         return "*fp32"
+    if name == "done_ptr":
+        return "*i32"
     return f"*{dtype}" if name.endswith("_ptr") else "i32"
 
 
@@ -148,15 +151,17 @@ def launches(
         constants = matmul.constants(tile, block, dtype, ragged=merged) | {"HAS_BIAS": True}
         return [("matmul", matmul.linear_kernel, constants, {})]
     if kind == "tma":
-        constants = tma.constants(tile, block, dtype, paired=merged) | {"HAS_BIAS": True}
+        constants = tma.constants(tile, block, dtype, paired=merged)
+        constants |= {"HAS_BIAS": True, "EVEN": merged}
         box = f"{NAMES[dtype]}[{{}},{constants['STEP']}]"
         types = {
             "x_tensor": f"tensordesc<{box.format(tile.block_m)}>",
             "values_tensor": f"tensordesc<{box.format(block[0])}>",
         }
         return [
-            ("tma", tma.tma_kernel, constants | {"HAS_GATE": False}, types),
-            ("tma gated", tma.tma_kernel, constants | {"HAS_GATE": True}, types),
+            ("tma", tma.tma_kernel, constants | {"HAS_GATE": False, "ITEMS": 1}, types),
+            ("tma gated", tma.tma_kernel, constants | {"HAS_GATE": True, "ITEMS": 1}, types),
+            ("tma shared", tma.tma_kernel, constants | {"HAS_GATE": False, "ITEMS": 2}, types),
         ]
     if kind == "decode":
         constants = decode.constants(tile, block, dtype)

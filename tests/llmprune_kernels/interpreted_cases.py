@@ -155,16 +155,30 @@ def no_tokens(kernel: str) -> None:
         assert launch(x, values, index).shape == (0, 48)
 
 
-def bulk_copies_gate(dtype: str, pattern: str) -> None:
+def bulk_copies_gate(dtype: str, pattern: str, **changes: int) -> None:
     """silu(gate) * y in the epilogue, with a bias; blocks in pairs and one by one."""
     from llmprune_kernels import tma
 
     index, kind = BlockIndex.from_mask(mask_of(pattern)), DTYPES[dtype]
     values, x = stored(index, (32, 16), kind), guarded(33, 80, kind)
     bias, gate = torch.randn(96).to(kind), torch.randn(33, 96).to(kind)
-    got = tma.linear(x, values, index, bias, gate=gate, config=tile_of(kind))
+    got = tma.linear(x, values, index, bias, gate=gate, config=tile_of(kind, **changes))
     wanted = functional.silu(gate.double()) * reference.exact(x, values, index, bias)
     holds(got, wanted, dtype, 80)
+
+
+def items_of_bulk_copies_are_summed_in_order() -> None:
+    """The last item's sums, then those of the others from the first on: no other order gives 1."""
+    from llmprune_kernels import tma
+
+    index = BlockIndex.from_mask(mask_of("all"))
+    values = torch.zeros(15, 16, 16)
+    values[:, :, 0] = 1.0
+    x = torch.zeros(16, 80)
+    # 2^30 + 1 is 2^30 in float32
+    x[:, ::16] = torch.tensor([2.0**30, 1.0, -(2.0**30), 1.0, 0.0])
+    got = tma.linear(x, values, index, config=tile_of(torch.float32, step=16, items=5))
+    assert torch.equal(got, torch.ones(16, 48))
 
 
 def pair_by_bulk_copies(layout: str) -> None:
@@ -343,6 +357,15 @@ def _cases() -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None
         fast[f"tma-pairs-swap {swap}"] = partial(
             linear, "tma", (32, 16), "fp16", 33, "even", swap=swap
         )
+    for items, pattern in itertools.product(
+        (2, 3, 80), ("random", "unequal", "even", "empty rows")
+    ):
+        # a tile's blocks in several items, some of which may have none
+        fast[f"tma-{items} items-{pattern}"] = partial(
+            linear, "tma", (32, 16), "fp16", 33, pattern, items=items, swap=items == 3
+        )
+    fast["tma-gated, 2 items"] = partial(bulk_copies_gate, "fp16", "balanced", items=2)
+    fast["tma-items are summed in their order"] = items_of_bulk_copies_are_summed_in_order
     for name, dtype in itertools.product(("matmul", "tma"), DTYPES):
         fast[f"{name}-swapped-{dtype}"] = partial(linear, name, (32, 16), dtype, 33, swap=True)
     for layout in ("rows", "odd"):

@@ -1,7 +1,7 @@
 """The GPU run and `tune`, rehearsed without a GPU: interpreted kernels, small problems, no clock.
 
-`TRITON_INTERPRET=1 python rehearsal.py run|wrong|late|tune FOLDER`, in a process of its own because
-Triton decides at import whether it interprets.
+`TRITON_INTERPRET=1 python rehearsal.py run|gated|wrong|late|tune FOLDER`, in a process of its own
+because Triton decides at import whether it interprets.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def small(problem: Problem) -> Problem:
     return replace(problem, tokens=tokens, out_features=2 * rows, in_features=4 * columns)
 
 
-def prepare(folder: Path, budget_s: float) -> gpu_run.Run:
+def prepare(folder: Path, budget_s: float, sections: tuple[str, ...] = ()) -> gpu_run.Run:
     for module in (gpu_run, gpu_competitors, trials):
         module.Graph = Launched
     trials.copies_needed = gpu_competitors.copies_needed = lambda size: 2
@@ -58,11 +58,16 @@ def prepare(folder: Path, budget_s: float) -> gpu_run.Run:
     gpu_run.correctness_cases = lambda: [(small(case), *rest) for case, *rest in chosen]
     blocks = gpu_cases.block_problems()[:2]
     gpu_run.block_problems = lambda: [small(problem) for problem in blocks]
-    cases = gpu_cases.timed_cases()[:6]
-    gpu_run.timed_cases = lambda: [replace(case, problem=small(case.problem)) for case in cases]
+    timed_cases = gpu_cases.timed_cases
+
+    def few_cases(sections):
+        cases = timed_cases(sections)[:6]
+        return [replace(case, problem=small(case.problem)) for case in cases]
+
+    gpu_run.timed_cases = few_cases
     gpu_run.compare_decode = lambda run: None
     gpu_run.ceilings = lambda place: {"read, TB/s": 4.0}
-    return gpu_run.Run(budget_s, folder, CPU)
+    return gpu_run.Run(budget_s, folder, CPU, sections=sections)
 
 
 def main(what: str, folder: Path) -> int:
@@ -77,7 +82,8 @@ def main(what: str, folder: Path) -> int:
         write_table(tiles.user_table(device), device, entry)
         assert tiles.choose_tile("decode", device, replace(SMALL, density=0.25)) == tile
         return 0
-    run = prepare(folder, 0.0 if what == "late" else 600.0)
+    sections = ("gated",) if what == "gated" else ()
+    run = prepare(folder, 0.0 if what == "late" else 600.0, sections)
     if what == "wrong":
         right = matmul.linear
         matmul.linear = lambda *given, **options: right(*given, **options) * 1.1

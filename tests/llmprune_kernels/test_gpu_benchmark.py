@@ -108,6 +108,43 @@ def test_report_gives_bandwidth_and_ratios_of_the_same_problem(benchmarks, tmp_p
     assert read["rows"][2]["block"] == [128, 32]
 
 
+def test_sections_that_are_not_timed_again_stay_with_their_date(benchmarks, tmp_path):
+    from gpu_report import Report, Row
+
+    def begun(date, **versions):
+        return Report("NVIDIA H200", {"torch": "2"} | versions, date)
+
+    first = begun("2026-01-01")
+    first.rows = [
+        Row("decode", PROBLEM, "dense", Timing(10.0, 9.0, 11.0), "in a graph"),
+        Row("gated", PROBLEM, "dense", Timing(20.0, 19.0, 21.0)),
+    ]
+    first.write(tmp_path)
+    second = begun("2026-01-02")
+    second.keep_others(tmp_path, {"gated"})
+    second.rows.append(Row("gated", PROBLEM, "dense", Timing(8.0, 7.0, 9.0)))
+    json_path, page = second.write(tmp_path)
+    rows = json.loads(json_path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["section"], row["median_us"], row["date"]) for row in rows] == [
+        ("decode", 10.0, "2026-01-01"),
+        ("gated", 8.0, "2026-01-02"),
+    ]
+    assert rows[0]["detail"] == "in a graph"
+    assert rows[0]["dtype"] == "torch.bfloat16"
+    text = page.read_text(encoding="utf-8")
+    assert "## decode\n\nOf 2026-01-01.\n" in text
+    assert "## gated\n\n| layer" in text
+    # a third run keeps the dates of both
+    third = begun("2026-01-03")
+    third.keep_others(tmp_path, {"prefill"})
+    assert [row.date for row in third.rows] == ["2026-01-01", "2026-01-02"]
+    with pytest.raises(ValueError, match="time all sections"):
+        begun("2026-01-03", triton="4").keep_others(tmp_path, {"gated"})
+    other = Report("another", {}, "2026-01-03")
+    other.keep_others(tmp_path, {"gated"})
+    assert other.rows == []
+
+
 def test_weights_are_copied_until_they_do_not_fit_in_a_cache():
     assert copies_needed(1 << 30) == 4
     assert copies_needed(COLD_BYTES // 8) == 8
@@ -132,6 +169,15 @@ def test_rehearsed_run_checks_times_and_writes(tmp_path):
     assert ("prefill", "densify + dense") in names
     assert ("backward: dx", "grad_input") in names
     assert ("gated", "swiglu") in names
+
+
+@pytest.mark.slow
+def test_rehearsed_run_of_one_section_times_no_other(tmp_path):
+    done = rehearse("gated", tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "interpreter.json").read_text(encoding="utf-8"))
+    assert len(report["checks"]) > 10
+    assert {row["section"] for row in report["rows"]} == {"gated"}
 
 
 @pytest.mark.slow

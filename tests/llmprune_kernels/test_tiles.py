@@ -104,6 +104,23 @@ def test_decode_shares_more_when_there_are_few_rows():
     assert tiles.fit("decode", tile, replace(few, density=0.01), H200).items == 1
 
 
+def test_prompts_share_tiles_when_there_are_few():
+    def items(problem, **tile):
+        return tiles.fit("tma", Tile(128, 4, 4, **tile), problem, H200).items
+
+    # 4 * 32 tiles for 132 processors; then 4 * 8
+    assert items(PROBLEM) == 1
+    few = replace(PROBLEM, out_features=1024)
+    assert items(few) == 4
+    # never under 512 inner elements
+    assert items(replace(few, density=0.25)) == 2
+    assert items(replace(few, density=0.01)) == 1
+    # what a table asks for may put two on a processor, and is not carried to many tiles
+    assert items(PROBLEM, items=2) == 2
+    assert items(replace(PROBLEM, tokens=4096), items=2) == 1
+    assert items(few, items=1) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
