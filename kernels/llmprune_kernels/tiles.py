@@ -67,6 +67,7 @@ class Tile:
             problem.
         rows: Rows of a block of one program in decode, 0 = all.
         swap: Whether the weights are the left operand of a prefill kernel's dot.
+        persistent: Whether tma's programs stay for several tiles, where rows are equally full.
     """
 
     block_m: int
@@ -77,6 +78,7 @@ class Tile:
     items: int = 0
     rows: int = 0
     swap: bool = False
+    persistent: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "num_warps", "step"):
@@ -282,9 +284,27 @@ def shared_bytes(kind: Kind, tile: Tile, block: tuple[int, int], dtype: torch.dt
             rows = min(rows, tile.rows)
         # swiglu with one pattern for both has two weight tiles in flight
         sides, step = tile.block_m + rows * (2 if kind == "swiglu" else 1), tile.step
-        if kind == "tma" and step < 2 * columns:
+        if kind == "tma" and (step < 2 * columns or tile.persistent):
             step = min(step, columns)
-    return tile.num_stages * sides * step * dtype.itemsize
+    size = tile.num_stages * sides * step * dtype.itemsize
+    if tile.persistent:
+        # half a tile at a time passes to y while the buffers are in use: Triton 3.6 to 3.9
+        size += tile.block_m * rows * dtype.itemsize // 2
+    return size
+
+
+
+def num_programs(tile: Tile, values: Tensor, num_tiles: int) -> int:
+    """Programs that stay: as many as are at work at once, but no more than tiles.
+
+    By shared memory, and by registers: two programs of four warps hold the sums of one of eight.
+    """
+    device = device_of(values.device)
+    block = (values.shape[1], values.shape[2])
+    limit = SHARED_BYTES.get(device.arch, SMALLEST_SHARED_BYTES)
+    by_memory = limit // shared_bytes("tma", tile, block, values.dtype)
+    each = max(1, min(by_memory, 8 // tile.num_warps))
+    return min(num_tiles, each * device.num_processors)
 
 
 def _has_block(entry: dict[str, Any], block: tuple[int, int]) -> bool:
@@ -314,6 +334,8 @@ def prompt_items(tile: Tile, problem: Problem, device: Device) -> int:
     on each is the limit. Sums of an item are written and read, 8 bytes for every token and feature,
     so an item has at least 512 inner elements.
     """
+    if tile.persistent:
+        return 1
     num_tiles = math.ceil(problem.tokens / tile.block_m) * problem.out_features // problem.block[0]
     longest = max(1, int(problem.density * problem.in_features / 512))
     at_once = (2 if tile.items else 1) * device.num_processors // max(1, num_tiles)

@@ -8,7 +8,8 @@ taken in pairs, two dots a turn of the loop.
 
 Where tiles are too few for the GPU, a tile's blocks are shared by items. All but the last store
 float32 sums and count themselves done; the last waits for that count and adds the sums in their
-order: one launch, and the same bits every time.
+order: one launch, and the same bits every time. Where there are many, and rows are equally full, a
+tile may ask for programs that stay: `persistent`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llmprune_kernels import operands, tiles
 from llmprune_kernels.bsr import BlockIndex
 from llmprune_kernels.decode import split_rows
+from llmprune_kernels.persistent import persistent_kernel
 from llmprune_kernels.tiles import Tile
 from llmprune_kernels.walk import (
     add_product,
@@ -32,8 +34,7 @@ from llmprune_kernels.walk import (
     load_places,
     program_tile,
     row_blocks,
-    silu_times,
-    upright,
+    write_tile,
     zero_sums,
 )
 
@@ -148,35 +149,6 @@ def take_over(acc, sums_ptr, done_ptr, ITEMS: tl.constexpr):
     return acc
 
 
-@triton.jit
-def write_tile(
-    acc,
-    bias_ptr,
-    gate_ptr,
-    y_ptr,
-    token_tile,
-    row,
-    num_tokens,
-    block_rows,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    SWAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-):
-    """A tile's sums with bias and gate, to y."""
-    acc = upright(acc, SWAP)
-    tokens = token_tile * BM + tl.arange(0, BM)
-    features = row * BN + tl.arange(0, BN)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + features).to(tl.float32)[None, :]
-    at = tl.cast(tokens, tl.int64)[:, None] * (block_rows * BN) + features[None, :]
-    mask = (tokens < num_tokens)[:, None]
-    if HAS_GATE:
-        acc = silu_times(tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32), acc)
-    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
 def linear(
     x: Tensor,
     values: Tensor,
@@ -219,7 +191,20 @@ def linear(
     step = min(tile.step, block[1])
     x_tensor = TensorDescriptor.from_tensor(x, [tile.block_m, step])
     values_tensor = TensorDescriptor.from_tensor(values.flatten(0, 1), [block[0], step])
+    fixed = constants(tile, block, x.dtype, paired=is_paired(tile, block, index))
+    fixed |= {"HAS_BIAS": bias is not None, "HAS_GATE": gate is not None, **tile.options()}
+    # what an absent operand's pointer is, nobody reads
+    added, opening = (x if operand is None else operand for operand in (bias, gate))
     num_tiles = triton.cdiv(x.shape[0], tile.block_m) * index.block_rows
+    if tile.persistent and index.is_balanced:
+        fixed.pop("PAIRS")
+        programs = tiles.num_programs(tile, values, num_tiles)
+        with torch.cuda.device_of(x):
+            persistent_kernel[(programs,)](
+                x_tensor, values_tensor, index.col, added, opening, y,
+                x.shape[0], index.block_rows, index.max_per_row, programs, **fixed,
+            )  # fmt: skip
+        return y
     split, items = split_rows(tile, block, index.max_per_row)
     partial, done = y, index.row_ptr
     if items > 1:
@@ -228,12 +213,9 @@ def linear(
         done = torch.zeros(num_tiles, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
         tma_kernel[(num_tiles * items,)](
-            x_tensor, values_tensor, index.row_ptr, index.col,
-            x if bias is None else bias, x if gate is None else gate, y, partial, done,
+            x_tensor, values_tensor, index.row_ptr, index.col, added, opening, y, partial, done,
             x.shape[0], index.block_rows, split, index.max_per_row,
-            **constants(tile, block, x.dtype, paired=is_paired(tile, block, index)), ITEMS=items,
-            EVEN=index.is_balanced, HAS_BIAS=bias is not None, HAS_GATE=gate is not None,
-            **tile.options(),
+            ITEMS=items, EVEN=index.is_balanced, **fixed,
         )  # fmt: skip
     return y
 

@@ -195,9 +195,12 @@ def _ways_to_cut(kind: Kind, problem: Problem, default: Tile) -> Iterator[Tile]:
 
 
 def _shared_tiles(tile: Tile, problem: Problem, device: Device) -> Iterator[Tile]:
-    """The tile for one program, and of a middle depth for as many as are at work at once."""
+    """The tile for one program; of a middle depth also shared by items, or for ones that stay."""
     yield replace(tile, items=1)
     if tile.num_stages in (4, 6):
+        num_tiles = problem.tokens // tile.block_m * (problem.out_features // problem.block[0])
+        if num_tiles > device.num_processors and tile.step <= problem.block[1]:
+            yield replace(tile, items=1, persistent=True)
         for items in (2, 4, 8):
             if tiles.prompt_items(replace(tile, items=items), problem, device) == items:
                 yield replace(tile, items=items)

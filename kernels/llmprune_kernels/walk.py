@@ -149,3 +149,32 @@ def multiply(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 def silu_times(gate, up):
     """silu(gate) * up."""
     return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def write_tile(
+    acc,
+    bias_ptr,
+    gate_ptr,
+    y_ptr,
+    token_tile,
+    row,
+    num_tokens,
+    block_rows,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SWAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+):
+    """A tile's sums with bias and gate, to y."""
+    acc = upright(acc, SWAP)
+    tokens = token_tile * BM + tl.arange(0, BM)
+    features = row * BN + tl.arange(0, BN)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + features).to(tl.float32)[None, :]
+    at = tl.cast(tokens, tl.int64)[:, None] * (block_rows * BN) + features[None, :]
+    mask = (tokens < num_tokens)[:, None]
+    if HAS_GATE:
+        acc = silu_times(tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32), acc)
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)

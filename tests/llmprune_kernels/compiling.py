@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llmprune_kernels import decode, gradients, matmul, swiglu, tma
+from llmprune_kernels import decode, gradients, matmul, persistent, swiglu, tma
 from llmprune_kernels.tiles import Tile
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -158,6 +158,13 @@ def launches(
             "x_tensor": f"tensordesc<{box.format(tile.block_m)}>",
             "values_tensor": f"tensordesc<{box.format(block[0])}>",
         }
+        if tile.persistent:
+            constants = {k: v for k, v in constants.items() if k not in ("PAIRS", "EVEN")}
+            kernel = persistent.persistent_kernel
+            return [
+                (f"persistent, gated {gated}", kernel, constants | {"HAS_GATE": gated}, types)
+                for gated in (False, True)
+            ]
         return [
             ("tma", tma.tma_kernel, constants | {"HAS_GATE": False, "ITEMS": 1}, types),
             ("tma gated", tma.tma_kernel, constants | {"HAS_GATE": True, "ITEMS": 1}, types),

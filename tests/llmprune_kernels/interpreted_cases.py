@@ -167,6 +167,21 @@ def bulk_copies_gate(dtype: str, pattern: str, **changes: int) -> None:
     holds(got, wanted, dtype, 80)
 
 
+def staying(block: tuple[int, int], dtype: str, pattern: str) -> None:
+    """Few programs for many tiles, so that each computes several; tokens end inside a tile."""
+    from llmprune_kernels import tiles
+    from llmprune_kernels.tiles import Device
+
+    real = tiles.device_of
+    tiles.device_of = lambda device: Device("interpreter", "sm_90", 2)
+    try:
+        for swap, tokens in ((False, 5), (True, 70)):
+            change = {"swap": swap, "persistent": True, "step": 32}
+            linear("tma", block, dtype, tokens, pattern, **change)
+    finally:
+        tiles.device_of = real
+
+
 def items_of_bulk_copies_are_summed_in_order() -> None:
     """The last item's sums, then those of the others from the first on: no other order gives 1."""
     from llmprune_kernels import tma
@@ -366,6 +381,15 @@ def _cases() -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None
         )
     fast["tma-gated, 2 items"] = partial(bulk_copies_gate, "fp16", "balanced", items=2)
     fast["tma-items are summed in their order"] = items_of_bulk_copies_are_summed_in_order
+    for dtype, block in itertools.product(DTYPES, ((32, 16), (16, 64), (128, 128))):
+        fast[f"tma-staying programs-{block[0]}x{block[1]}-{dtype}"] = partial(
+            staying, block, dtype, "balanced"
+        )
+    fast["tma-staying programs, one block a row"] = partial(staying, (32, 32), "fp16", "first")
+    fast["tma-staying programs, rows that differ"] = partial(staying, (32, 32), "fp16", "unequal")
+    fast["tma-staying programs, gated"] = partial(
+        bulk_copies_gate, "fp16", "balanced", persistent=True
+    )
     for name, dtype in itertools.product(("matmul", "tma"), DTYPES):
         fast[f"{name}-swapped-{dtype}"] = partial(linear, name, (32, 16), dtype, 33, swap=True)
     for layout in ("rows", "odd"):

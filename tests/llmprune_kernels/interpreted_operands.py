@@ -31,6 +31,8 @@ def mask_of(pattern: str, seed: int = 0) -> Tensor:
         mask[0, 4] = mask[1, :] = mask[2, [0, 3, 4]] = True
     elif pattern == "one":
         mask[2, 4] = True
+    elif pattern == "first":
+        mask[:, 0] = True
     elif pattern == "even":
         # two pairs of blocks a row
         mask[:, [0, 1, 3, 4]] = True

@@ -121,6 +121,19 @@ def test_prompts_share_tiles_when_there_are_few():
     assert items(few, items=1) == 1
 
 
+def test_programs_stay_where_there_are_more_tiles():
+    values = torch.zeros(0, 128, 32, dtype=torch.bfloat16)
+    large = Tile(256, 8, 6, 32, persistent=True)
+    small = Tile(128, 4, 6, 32, persistent=True)
+    # the stand-in of a CPU has 132 processors
+    assert tiles.num_programs(large, values, 1792) == 132
+    assert tiles.num_programs(small, values, 1792) == 264
+    assert tiles.num_programs(small, values, 200) == 200
+    # 8 stages of 16 KiB and half a tile: one fits
+    assert tiles.num_programs(replace(small, num_stages=8), values, 1792) == 132
+    assert tiles.fit("tma", replace(small, items=4), PROBLEM, H200).items == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
