@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmprune.block_gates import BlockGates
 from llmprune.block_pruning import prune_blocks
 from llmprune.block_reconstruction import reconstruct_blocks
@@ -110,15 +112,15 @@ class Case:
     @property
     def stages(self) -> tuple[str, ...]:
         """How far it goes."""
-        if self.method in WHOLE:
-            return ("recovered",)
-        return STAGES if self.block == BLOCKS[0] else STAGES[:2]
+        return ("recovered",) if self.method in WHOLE else STAGES
 
 
 def recipe_of(case: Case, arguments: argparse.Namespace) -> Recipe:
     """The recipe of a case: choice, refit and recovery."""
     wiki = Path(arguments.data) / "wikitext2"
-    gates: dict[str, Any] = {"steps": 40, "batch_size": 2, "micro_batch_size": 1}
+    # on a CPU row by row, for the memory's sake
+    size = None if torch.cuda.is_available() else 1
+    gates: dict[str, Any] = {"steps": 40, "batch_size": 2, "micro_batch_size": size}
     return Recipe.parse(
         {
             "model": {"source": arguments.model},
@@ -144,10 +146,11 @@ def recipe_of(case: Case, arguments: argparse.Namespace) -> Recipe:
 
 @cache
 def dense_model(source: str) -> LoadedModel:
-    """The dense model, loaded once."""
-    return load_dense(
-        Recipe.parse({"model": {"source": source}, "prune": {"layers": {"sparsity": 0}}}).model
-    )
+    """The dense model, loaded once, on the GPU where there is one."""
+    recipe = Recipe.parse({"model": {"source": source}, "prune": {"layers": {"sparsity": 0}}})
+    dense = load_dense(recipe.model)
+    dense.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return dense
 
 
 def measure(model: Any, recipe: Recipe, tokenizer: Any) -> Perplexity:
@@ -166,13 +169,13 @@ def compute(case: Case, wanted: set[str], arguments: argparse.Namespace) -> None
     whole = recipe_of(case, arguments)
     only = {"reconstruction": None, "recovery": whole.recovery.model_copy(update={"steps": 0})}
     recipe = whole.model_copy(update=only)
-    dense = dense_model(arguments.model)
     watch = Watch(start_accelerator(recipe.training, recipe.seed), lambda *progress: None)
+    dense = dense_model(arguments.model)
     path = Path(arguments.out) / "runs" / case.key
     folder = RunFolder.begin(path, recipe, resume=True)
     start = time.perf_counter()
     prune_blocks(recipe, folder, dense, watch)
-    model = load_pruned(path)
+    model = load_pruned(path).to(dense.model.device)
     model.requires_grad_(True)
     rows = read_calibration(recipe, dense, folder, watch)
     plan = BlockPlan.read(path / "plan.json")
@@ -223,7 +226,7 @@ def keep(case: Case, stage: str, model: Any, start: float, arguments: argparse.N
         result = {
             "perplexity": asdict(found),
             "seconds": seconds,
-            "environment": environment("cpu", "float32"),
+            "environment": environment(model.device, "float32"),
         }
         save_text(json.dumps(result) + "\n", file)
         print(f"{case.key}, {stage}: {found.value:.2f} in {seconds} s", flush=True)
@@ -245,9 +248,7 @@ def measure_dense(arguments: argparse.Namespace) -> Perplexity:
 
 def all_cases() -> list[Case]:
     """What is to be computed, most telling first."""
-    cases = [Case(BLOCKS[0], sparsity, method) for sparsity in SPARSITIES for method in METHODS]
-    plain = [method for method in METHODS if method not in WHOLE]
-    return cases + [Case(b, s, m) for s in SPARSITIES for b in BLOCKS[1:] for m in plain]
+    return [Case(b, s, m) for s in SPARSITIES for b in BLOCKS for m in METHODS]
 
 
 @dataclass(frozen=True)
@@ -384,13 +385,15 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--parts", default=",".join(STAGES))
     parser.add_argument("--cases", default="", help="only names that hold this")
+    parser.add_argument("--share", default="0/1", help="I/N: every N-th of them, from the I-th on")
     parser.add_argument("--report", action="store_true", help="compute nothing")
     arguments = parser.parse_args()
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
     dense = measure_dense(arguments)
-    for case in [] if arguments.report else all_cases():
-        if arguments.cases in case.key:
-            compute(case, set(arguments.parts.split(",")), arguments)
+    share, of = (int(number) for number in arguments.share.split("/"))
+    cases = [case for case in all_cases() if arguments.cases in case.key][share::of]
+    for case in [] if arguments.report else cases:
+        compute(case, set(arguments.parts.split(",")), arguments)
     RESULTS.mkdir(exist_ok=True)
     save_text(report(read(arguments), dense), RESULTS / f"{NAME}.md")
     print(f"wrote {RESULTS / NAME}.md")
