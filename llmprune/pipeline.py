@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmprune.accelerator import start_accelerator
 from llmprune.architectures import architecture_of
 from llmprune.block_pruning import prune_blocks
 from llmprune.block_sparse import keep_faster
@@ -22,7 +23,6 @@ from llmprune.run_folder import TRACKING_FOLDER, RunFolder, settle_precision
 from llmprune.run_steps import OnProgress, Watch, silent
 from llmprune.sources import LoadedModel, load_config, load_dense
 from llmprune.tracking import check_installed, final_figures, tracked, training_steps
-from llmprune.training import start_accelerator
 from llmprune.unit_pruning import prune_units
 from llmprune.verification import verify
 

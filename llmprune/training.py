@@ -1,4 +1,4 @@
-"""The calibration loop on Accelerate; the only file that imports it.
+"""The calibration loop on Accelerate.
 
 This loop and that of recovery take the global batch of a step from the calibration set as a pure
 function of the step, share its rows out over the processes, and sum the gradients over
@@ -8,17 +8,14 @@ resumed run sees the same rows.
 
 from __future__ import annotations
 
-import atexit
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -34,10 +31,11 @@ from llmprune.signal import rank_correlation, shuffled_null
 from llmprune.trained_weights import TrainedWeights, checkpointing
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
     from llmprune.calibration import CalibrationSet
-    from llmprune.recipe import GateTraining, Recipe, Training
+    from llmprune.recipe import GateTraining, Recipe
 
 
 class TrainableGates(Protocol):
@@ -58,33 +56,6 @@ class TrainableGates(Protocol):
 STATE_FORMAT = "llmprune-gate-state/1"
 # The 95th percentile of a null of this size is known within two or three percent of itself.
 AGREEMENT_SHUFFLES = 200
-
-
-def start_accelerator(
-    training: Training,
-    seed: int,
-    *,
-    trackers: Sequence[str] = (),
-    project_dir: Path | None = None,
-) -> Accelerator:
-    """The Accelerator of a run; seeds every generator. Several processes part when they end.
-
-    Args:
-        training: Its `mixed_precision` is no longer `auto`.
-        seed: Of every generator.
-        trackers: Who will be told of every step, once `llmprune.tracking` has started them.
-        project_dir: Where trackers that write files write them.
-    """
-    set_seed(seed)
-    accelerator = Accelerator(
-        mixed_precision=training.mixed_precision,
-        log_with=list(trackers) or None,
-        project_dir=project_dir,
-    )
-    if accelerator.num_processes > 1:
-        # threads of a process group that is still there can abort a process that is done
-        atexit.register(accelerator.end_training)
-    return accelerator
 
 
 def train_gates(

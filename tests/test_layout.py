@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 EVAL_CALLERS = {"pipeline.py", "cli.py", "cli_measure.py"}
-ACCELERATE_IMPORTERS = {"training.py"}
+ACCELERATE_IMPORTERS = {"accelerator.py"}
 
 
 def imported_packages(file, *, with_type_checking=False):

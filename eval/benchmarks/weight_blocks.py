@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from llmprune.accelerator import start_accelerator
 from llmprune.block_gates import BlockGates
 from llmprune.block_pruning import prune_blocks
 from llmprune.block_reconstruction import reconstruct_blocks
@@ -36,7 +37,6 @@ from llmprune.run_steps import Watch, read_calibration
 from llmprune.sources import LoadedModel, load_dense
 from llmprune.streams import even_batches
 from llmprune.texts import read_texts, resolve_text
-from llmprune.training import start_accelerator
 from llmprune.units import map_units
 from llmprune.weight_blocks import BlockPlan, map_blocks, zero_blocks
 from llmprune_eval.documents import encode

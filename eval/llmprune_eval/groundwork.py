@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmprune.accelerator import start_accelerator
 from llmprune.calibration import CalibrationSet
 from llmprune.errors import InputError
 from llmprune.recipe import Recipe
@@ -17,7 +18,6 @@ from llmprune.run_folder import RunFolder
 from llmprune.run_steps import Found, OnProgress, Watch, read_calibration, read_means
 from llmprune.sources import LoadedModel, load_dense
 from llmprune.texts import read_texts, resolve_text
-from llmprune.training import start_accelerator
 from llmprune.units import UnitMap, map_units
 from llmprune_eval.accounting import sample_of, sources_of
 from llmprune_eval.documents import encode

@@ -293,7 +293,6 @@ def shared_bytes(kind: Kind, tile: Tile, block: tuple[int, int], dtype: torch.dt
     return size
 
 
-
 def num_programs(tile: Tile, values: Tensor, num_tiles: int) -> int:
     """Programs that stay: as many as are at work at once, but no more than tiles.
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmprune.accelerator import start_accelerator
 from llmprune.calibration import CalibrationSet
 from llmprune.errors import InputError
 from llmprune.recipe import Recipe
@@ -14,7 +15,6 @@ from llmprune.run_steps import Watch, read_calibration, silent
 from llmprune.self_generated import CORPUS, sample_rows, self_generated_set
 from llmprune.sources import load_dense
 from llmprune.texts import calibration_name, num_self_generated
-from llmprune.training import start_accelerator
 
 _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(_spec)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmprune.accelerator import start_accelerator
 from llmprune.batches import Batches
 from llmprune.calibration import CalibrationSet
 from llmprune.cost import measure_cost
@@ -24,7 +25,7 @@ from llmprune.selection import choose, pools
 from llmprune.surgery import cut
 from llmprune.targets import targets_of
 from llmprune.trained_weights import TrainedWeights
-from llmprune.training import GateRun, start_accelerator, teacher_of, train_gates
+from llmprune.training import GateRun, teacher_of, train_gates
 from llmprune.units import map_units
 from tests.llmprune.tiny import FAMILIES, VOCAB, logits, plan_for, tiny_model
 
