@@ -67,7 +67,8 @@ class Tile:
             problem.
         rows: Rows of a block of one program in decode, 0 = all.
         swap: Whether the weights are the left operand of a prefill kernel's dot.
-        persistent: Whether tma's programs stay for several tiles, where rows are equally full.
+        persistent: Whether tma's programs stay for several tiles, where rows are equally full and
+            no gate is read.
     """
 
     block_m: int

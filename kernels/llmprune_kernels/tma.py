@@ -196,12 +196,12 @@ def linear(
     # what an absent operand's pointer is, nobody reads
     added, opening = (x if operand is None else operand for operand in (bias, gate))
     num_tiles = triton.cdiv(x.shape[0], tile.block_m) * index.block_rows
-    if tile.persistent and index.is_balanced:
-        fixed.pop("PAIRS")
+    if tile.persistent and index.is_balanced and gate is None:
+        del fixed["PAIRS"], fixed["HAS_GATE"]
         programs = tiles.num_programs(tile, values, num_tiles)
         with torch.cuda.device_of(x):
             persistent_kernel[(programs,)](
-                x_tensor, values_tensor, index.col, added, opening, y,
+                x_tensor, values_tensor, index.col, added, y,
                 x.shape[0], index.block_rows, index.max_per_row, programs, **fixed,
             )  # fmt: skip
         return y

@@ -160,11 +160,7 @@ def launches(
         }
         if tile.persistent:
             constants = {k: v for k, v in constants.items() if k not in ("PAIRS", "EVEN")}
-            kernel = persistent.persistent_kernel
-            return [
-                (f"persistent, gated {gated}", kernel, constants | {"HAS_GATE": gated}, types)
-                for gated in (False, True)
-            ]
+            return [("persistent", persistent.persistent_kernel, constants, types)]
         return [
             ("tma", tma.tma_kernel, constants | {"HAS_GATE": False, "ITEMS": 1}, types),
             ("tma gated", tma.tma_kernel, constants | {"HAS_GATE": True, "ITEMS": 1}, types),

@@ -387,6 +387,7 @@ def _cases() -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None
         )
     fast["tma-staying programs, one block a row"] = partial(staying, (32, 32), "fp16", "first")
     fast["tma-staying programs, rows that differ"] = partial(staying, (32, 32), "fp16", "unequal")
+    # with a gate no program stays
     fast["tma-staying programs, gated"] = partial(
         bulk_copies_gate, "fp16", "balanced", persistent=True
     )
