@@ -141,10 +141,11 @@ def _ratios(rows: dict[Case, Found]) -> list[str]:
         ours = min(own, key=lambda one: one.perplexity.value)
         name, best = min(others.items(), key=lambda pair: pair[1].perplexity.value)
         ratio = paired_ratio(best.perplexity, ours.perplexity)
+        interval = f"{_number(ratio.low)} to {_number(ratio.high)}"
         lines.append(
             f"- {block[0]}x{block[1]}, {sparsity:.0%}: SequentialAttention++ has "
-            f"{_number(ratio.value)} ({_number(ratio.low)} to {_number(ratio.high)}) times the perplexity of {METHODS[name]}, the "
-            "best of the others."
+            f"{_number(ratio.value)} ({interval}) times the perplexity of {METHODS[name]}, the best "
+            "of the others."
         )
     return lines
 
