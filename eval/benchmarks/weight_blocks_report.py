@@ -144,8 +144,8 @@ def _ratios(rows: dict[Case, Found]) -> list[str]:
         interval = f"{_number(ratio.low)} to {_number(ratio.high)}"
         lines.append(
             f"- {block[0]}x{block[1]}, {sparsity:.0%}: SequentialAttention++ has "
-            f"{_number(ratio.value)} ({interval}) times the perplexity of {METHODS[name]}, the best "
-            "of the others."
+            f"{_number(ratio.value)} ({interval}) times the perplexity of {METHODS[name]}, the "
+            "best of the others."
         )
     return lines
 
