@@ -1,7 +1,7 @@
 """The comparison of quality.py on a GPU: in a given time, and with more tokens.
 
     python eval/benchmarks/quality_gpu.py --out FOLDER --results FOLDER --budget-s 270 \
-        [--jobs N] [--data FOLDER] [--model SOURCE] [--parts ...]
+        [--jobs N] [--data FOLDER] [--model SOURCE] [--parts ...] [--without omp]
 
 Processes side by side compute what is wanted most; after --budget-s nothing is begun, after
 --grace-s more everything is stopped, and whatever is there becomes tables and a plot, called after
@@ -25,6 +25,7 @@ from llmprune.recipe import Recipe
 from llmprune_eval.compare import Extent
 from llmprune_eval.comparison import Comparison
 from llmprune_eval.comparison_plot import plot
+from llmprune_eval.contenders import check_methods
 from llmprune_eval.crew import Block, Crew, Figure, compute, default_size, known_table
 from llmprune_eval.stored_results import Result, StoredResults
 
@@ -63,7 +64,9 @@ def block_of(name: str, arguments: argparse.Namespace) -> Block:
     part = ALL_PARTS[name]
     overrides = [*ON_A_GPU, *(MORE_TOKENS if name == "more-tokens" else ()), *arguments.set]
     recipe = quality.recipe_of(part.block, arguments, overrides)
-    return Block(part.table, recipe, part.methods, part.extent)
+    without = arguments.without.split(",")
+    methods = [one for one in check_methods(part.methods) if one not in without]
+    return Block(part.table, recipe, methods, part.extent)
 
 
 def stored(store: StoredResults) -> dict[str, Result]:
@@ -114,6 +117,8 @@ def main() -> int:
     parser.add_argument("--data")
     parser.add_argument("--model")
     parser.add_argument("--parts", default=",".join(ORDER))
+    # ten times as long as any other, and all refits of a block wait for it (H200: 230 s)
+    parser.add_argument("--without", default="omp", help="methods, with commas; default omp")
     parser.add_argument("--jobs", type=int, default=default_size())
     parser.add_argument("--budget-s", type=float, default=3600.0)
     parser.add_argument("--grace-s", type=float, default=20.0)
