@@ -240,6 +240,43 @@ def test_tune_refuses_problems_that_do_not_exist(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_tiles_are_shared_where_there_are_few_and_stay_where_there_are_many():
+    pytest.importorskip("triton")
+    from llmprune_kernels.trials import candidates
+
+    few = candidates("tma", replace(PROBLEM, out_features=1024), H200)
+    assert {tile.items for tile in few} == {1, 2, 4}
+    assert not any(tile.persistent for tile in few)
+    many = candidates("tma", replace(PROBLEM, tokens=4096, out_features=14336), H200)
+    assert {tile.items for tile in many} == {1}
+    staying = [tile for tile in many if tile.persistent]
+    assert len(staying) > 4
+    # a program that stays takes blocks one by one
+    assert {tile.step for tile in staying} == {32}
+    assert len(many) > len(staying)
+
+
+def test_one_kind_of_kernel_is_tuned(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from llmprune_kernels import precompile, trials
+
+    jobs, tuned = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tiles, "device_of", lambda device: H200)
+    monkeypatch.setattr(trials.Trial, "of", lambda *given: None)
+    monkeypatch.setattr(precompile, "compile_ahead", lambda given, *rest: jobs.extend(given))
+    monkeypatch.setattr(trials, "fastest", lambda trial, kind, *rest: tuned.append(kind))
+    problem = ["--shapes", "4096x4096", "--blocks", "128x32", "--tokens", "512"]
+    assert tune.main([*problem, "--densities", "0.5", "--kinds", "tma"]) == 0
+    assert tuned == ["tma"]
+    assert {kind for kind, *_ in jobs} == {"tma"}
+    # how many share a tile is a number of the compiler's
+    assert {tile.items for *_, tile in jobs} == {1, 2, 4}
+    assert tune.main([*problem, "--kinds", "tma,other"]) == 2
+    assert "kinds must be of matmul, tma" in capsys.readouterr().err
+
+
 def test_candidates_fit_the_gpu_and_begin_with_the_tables_answer():
     pytest.importorskip("triton")
     from llmprune_kernels.trials import candidates
