@@ -32,7 +32,8 @@ class Extent:
     """How far a comparison goes.
 
     Attributes:
-        seeds: Seeds for SequentialAttention++ and the two best baselines; 1 repeats nothing.
+        seeds: Seeds for SequentialAttention++, the two best baselines and the controls that came out
+            better than it; 1 repeats nothing.
         refit: Who is refitted: `all`, `none`, or `best:N`, which is SequentialAttention++ and the N
             best of the others by the stage before.
         recover: Who is trained after that; the same.
@@ -286,12 +287,15 @@ def _repeat(
     num_seeds: int,
     fetch: Fetch,
 ) -> dict[tuple[str, Stage], list[Result]]:
-    """The further seeds of SequentialAttention++ and of the best baselines, stage by stage."""
+    """The further seeds of SequentialAttention++ and of its nearest rivals, stage by stage."""
     ranked = _ranked(found, last)
     baselines = [m for m in ranked if m != SEQUENTIAL and not CONTENDERS[m].is_control]
+    ahead = ranked[: ranked.index(SEQUENTIAL)] if SEQUENTIAL in ranked else []
+    controls = [m for m in ahead if CONTENDERS[m].is_control]
+    repeated = {SEQUENTIAL, *baselines[:SEEDED_BASELINES], *controls}
     others: dict[tuple[str, Stage], list[Result]] = {}
     for seed in range(recipe.seed + 1, recipe.seed + num_seeds):
-        for method in [m for m in ranked if m in {SEQUENTIAL, *baselines[:SEEDED_BASELINES]}]:
+        for method in [m for m in ranked if m in repeated]:
             for stage in found[method]:
                 result = fetch(Job(method, seed, stage, windows))
                 if result is not None and result.value is not None:

@@ -12,6 +12,9 @@ from torch import Tensor
 from llmprune_kernels.tiles import Kind, Problem
 
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))
+# tokens and shape: no more tiles of 128 by 128 than a GPU of today has processors; keys and values
+# of a prompt, and short prompts
+FEW_TILES = ((512, (1024, 4096)), (512, (4096, 4096)), (128, (4096, 4096)))
 BF16 = torch.bfloat16
 BACKWARD: tuple[tuple[str, Kind], ...] = (
     ("backward: dx", "grad_input"),
@@ -60,7 +63,7 @@ def correctness_cases() -> list[tuple[Problem, str, tuple[Kind, ...]]]:
     return cases
 
 
-SECTIONS = ("decode", "prefill", "gated", *(name for name, _ in BACKWARD))
+SECTIONS = ("decode", "prefill", "few tiles", "gated", *(name for name, _ in BACKWARD))
 
 
 def timed_cases(sections: Collection[str] = SECTIONS) -> list[Case]:
@@ -74,12 +77,12 @@ def timed_cases(sections: Collection[str] = SECTIONS) -> list[Case]:
         for density, tokens, shape in itertools.product(
             (0.5, 0.25, 0.75), (4096, 512, 2048), SHAPES
         )
+        if (tokens, shape) not in FEW_TILES
     ]
-    # fewer tiles than the GPU has processors: keys and values, and a short prompt
     few = [
-        Case("prefill", Problem(tokens, *shape, density, (128, 32), BF16), ("matmul", "tma"))
-        for density in (0.5, 0.25)
-        for tokens, shape in ((512, (1024, 4096)), (128, (4096, 4096)))
+        Case("few tiles", Problem(tokens, *shape, density, (128, 32), BF16), ("matmul", "tma"))
+        for density in (0.5, 0.25, 0.75)
+        for tokens, shape in FEW_TILES
     ]
     wide = [
         Case("prefill", Problem(4096, *SHAPES[0], density, (64, 64), BF16), ("matmul", "tma"))

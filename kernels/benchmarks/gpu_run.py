@@ -213,7 +213,7 @@ def time_case(run: Run, case: Case) -> None:
     launches: dict[str, list[Launch]] = {"dense": trial.dense_launches(case.kinds[0])}
     for kind in filter(run.runs, case.kinds):
         launches[kind] = trial.launches(kind, None)
-    if case.section in ("decode", "prefill"):
+    if case.section in ("decode", "prefill", "few tiles"):
         launches["shrunk"] = gpu_competitors.shrunk_launches(trial)
         launches["densify + dense"] = gpu_competitors.densify_launches(trial)
     if case.section == "gated" and case.problem.tokens > MAX_DECODE_TOKENS and run.runs("tma"):

@@ -332,11 +332,12 @@ def prompt_items(tile: Tile, problem: Problem, device: Device) -> int:
 
     What a measured table asks for holds where two fit on a processor; where it asks for none, one
     on each is the limit. Sums of an item are written and read, 8 bytes for every token and feature,
-    so an item has at least 512 inner elements.
+    so an item has at least 512 inner elements, or 256 where it was measured so.
     """
     if tile.persistent:
         return 1
     num_tiles = math.ceil(problem.tokens / tile.block_m) * problem.out_features // problem.block[0]
-    longest = max(1, int(problem.density * problem.in_features / 512))
+    shortest = 256 if tile.items else 512
+    longest = max(1, int(problem.density * problem.in_features / shortest))
     at_once = (2 if tile.items else 1) * device.num_processors // max(1, num_tiles)
     return max(1, min(tile.items or MOST_PROMPT_ITEMS, at_once, longest))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -18,6 +19,8 @@ from llmprune_eval import compare as module
 from llmprune_eval import stored_scores, workbench
 from llmprune_eval.compare import CONTENDERS, Extent, compare
 from llmprune_eval.contenders import variant
+from llmprune_eval.perplexity import Perplexity
+from llmprune_eval.stored_results import Result
 
 torch.set_num_threads(1)
 WORDS = ["<unk>", "the", "cat", "sat", "on", "mat", "a", "dog", "ran", "far"]
@@ -208,6 +211,21 @@ def test_further_seeds_give_mean_and_spread(recipe, tmp_path):
     one = compare({"one": recipe.model_copy(update={"seed": 2})}, out, methods[:1]).blocks[0]
     third = next(r for r in block.rows if r.method == methods[0]).stages["compensated"].results[2]
     assert one.rows[0].stages["compensated"].results[0] == third
+
+
+def test_a_control_ahead_of_sequential_attention_is_repeated_too(recipe):
+    value = {"sequential_attention": 30.0, "prior_alone": 29.0, "gradual": 31.0}
+    value |= {"taylor_squared": 40.0, "wanda": 50.0, "flap": 60.0}
+    asked = []
+
+    def fetch(job):
+        asked.append((job.method, job.seed))
+        nll = math.log(value.get(job.method, 20.0))
+        return Result(Perplexity(math.exp(nll), 15, 1, 16, nll, None, (nll,)))
+
+    module.table_of("one", recipe, list(value), Extent(seeds=2, refit="none"), fetch)
+    repeated = {method for method, seed in asked if seed == 1}
+    assert repeated == {"sequential_attention", "prior_alone", "taylor_squared", "wanda"}
 
 
 def test_a_method_that_can_not_meet_the_budget_has_a_row_with_the_reason(recipe, tmp_path):
