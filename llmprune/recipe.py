@@ -240,6 +240,16 @@ class Recipe(Part):
     evaluation: Evaluation = Evaluation()
     seed: Annotated[int, Field(ge=0)] = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gates_of_blocks_learn_faster(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("prune"), dict):
+            return data
+        gates = data.get("gates", {})
+        if data["prune"].get("weight_blocks") is None or not isinstance(gates, dict):
+            return data
+        return {**data, "gates": {"learning_rate": 0.05, **gates}}
+
     @model_validator(mode="after")
     def _parts_agree(self) -> Recipe:
         rules = self.prune.rules()

@@ -28,6 +28,8 @@ class GateTraining(Part):
     `prior` is the importance whose logarithm the logits start from, on `prior_rows` rows: `fisher`
     (the diagonal of the gates' Fisher information), `integrated` (gradients along a path on which
     all gates close together), `activation` (activations and weights), `omp` (backward matching).
+    `learning_rate` is the logits': without it 0.02 where `capped` gates on units start from a prior,
+    which few rows should not overrule, and 0.05 elsewhere (docs/decisions/0017).
     `train` says what learns along with the logits. `dense`, `sparsify`, `sparse` are the shares of
     the steps in the phases of one cycle; `cycles` repeats it (the last sparse phase is the end).
     """
@@ -54,9 +56,10 @@ class GateTraining(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _curve_of_variant(cls, data: Any) -> Any:
+    def _what_suits_the_variant(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("variant", "capped") == "capped":
-            return {"curve": "at_once", **data}
+            rate = {} if data.get("prior", "fisher") == "none" else {"learning_rate": 0.02}
+            return {"curve": "at_once", **rate, **data}
         return data
 
     @model_validator(mode="after")

@@ -26,14 +26,15 @@ from llmprune_eval.contenders import CONTENDERS
 SUITE = Path(__file__).parents[1] / "suites" / "quality-smollm2-135m"
 RESULTS = Path(__file__).parents[1] / "results"
 NAME = "quality-smollm2-135m"
-# The other controls stand in the main block alone.
-GRADUAL = "gradual"
-METHODS = [name for name, one in CONTENDERS.items() if not one.is_control or name == GRADUAL]
+# Of the controls these two stand in every block, and all in the main block.
+GRADUAL, FASTER = "gradual", "faster_gates"
+METHODS = [n for n, one in CONTENDERS.items() if not one.is_control or n in (GRADUAL, FASTER)]
+EVERYONE = [n for n, one in CONTENDERS.items() if not one.is_ablation or n == FASTER]
 ABLATIONS = ["sequential_attention", "gradual", "prior_alone"]
 ABLATIONS += [name for name, one in CONTENDERS.items() if one.is_ablation]
 
 # Who is trained after the cut: the best baseline of the main block, and the nearest control.
-FURTHEST = ["sequential_attention", "taylor_squared", GRADUAL]
+FURTHEST = ["sequential_attention", "taylor_squared", GRADUAL, FASTER]
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class Part:
 
 
 PARTS = {
-    "main": Part("main-25", None, Extent(refit="best:4")),
-    "mlp": Part("mlp-25", METHODS, Extent(refit="best:2")),
-    "half": Part("main-50", METHODS, Extent(refit="best:2")),
-    "mixed": Part("mixed-25", METHODS, Extent(refit="best:2")),
-    "mixed-importance": Part("mixed-25-importance", METHODS, Extent(refit="best:2")),
-    "recovery": Part("main-25", FURTHEST, Extent(refit="best:2", recover="best:2")),
-    "seeds": Part("main-25", None, Extent(refit="best:4", recover="best:3", seeds=3)),
-    "c4": Part("main-25-c4", METHODS, Extent(refit="best:2")),
+    "main": Part("main-25", EVERYONE, Extent(refit="best:5")),
+    "mlp": Part("mlp-25", METHODS, Extent(refit="best:3")),
+    "half": Part("main-50", METHODS, Extent(refit="best:3")),
+    "mixed": Part("mixed-25", METHODS, Extent(refit="best:3")),
+    "mixed-importance": Part("mixed-25-importance", METHODS, Extent(refit="best:3")),
+    "recovery": Part("main-25", FURTHEST, Extent(refit="best:3", recover="best:3")),
+    "seeds": Part("main-25", EVERYONE, Extent(refit="best:5", recover="best:4", seeds=3)),
+    "c4": Part("main-25-c4", METHODS, Extent(refit="best:3")),
     "ablations": Part("main-25", ABLATIONS, Extent(refit="best:0"), title="main-25-ablations"),
     "c4-next-token": Part(
         "main-25-c4",
@@ -69,7 +70,7 @@ PARTS = {
     ),
     "final": Part(
         "main-25",
-        FURTHEST[:2],
+        [*FURTHEST[:2], FASTER],
         Extent(refit="best:2", recover="best:2", final_windows=0),
         title="main-25-whole-test-set",
     ),

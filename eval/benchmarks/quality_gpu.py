@@ -46,7 +46,7 @@ BEST_BASELINES = ["taylor_squared", "flap", "block_influence"]
 ALL_PARTS = PARTS | {
     "more-tokens": Part(
         "main-25",
-        ["sequential_attention", *BEST_BASELINES, "gradual", "next_token"],
+        ["sequential_attention", *BEST_BASELINES, "gradual", "next_token", quality.FASTER],
         Extent(refit="best:3", recover="best:2", final_windows=0),
         title="main-25-more-tokens",
     ),

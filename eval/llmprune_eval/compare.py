@@ -23,8 +23,8 @@ from llmprune_eval.workbench import Workbench
 ALL, NONE = "all", "none"
 # Who is measured once more at the end where the last stage took every method.
 FINAL = "best:3"
-# Baselines that are repeated with other seeds, besides SequentialAttention++.
-SEEDED_BASELINES = 2
+# Baselines, and controls, that are repeated with other seeds, besides SequentialAttention++.
+SEEDED = 2
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Extent:
     """How far a comparison goes.
 
     Attributes:
-        seeds: Seeds for SequentialAttention++, the two best baselines and the controls that came out
-            better than it; 1 repeats nothing.
+        seeds: Seeds for SequentialAttention++, the two best baselines and the two best controls; 1
+            repeats nothing.
         refit: Who is refitted: `all`, `none`, or `best:N`, which is SequentialAttention++ and the N
             best of the others by the stage before.
         recover: Who is trained after that; the same.
@@ -290,9 +290,8 @@ def _repeat(
     """The further seeds of SequentialAttention++ and of its nearest rivals, stage by stage."""
     ranked = _ranked(found, last)
     baselines = [m for m in ranked if m != SEQUENTIAL and not CONTENDERS[m].is_control]
-    ahead = ranked[: ranked.index(SEQUENTIAL)] if SEQUENTIAL in ranked else []
-    controls = [m for m in ahead if CONTENDERS[m].is_control]
-    repeated = {SEQUENTIAL, *baselines[:SEEDED_BASELINES], *controls}
+    controls = [m for m in ranked if CONTENDERS[m].is_control and not CONTENDERS[m].is_ablation]
+    repeated = {SEQUENTIAL, *baselines[:SEEDED], *controls[:SEEDED]}
     others: dict[tuple[str, Stage], list[Result]] = {}
     for seed in range(recipe.seed + 1, recipe.seed + num_seeds):
         for method in [m for m in ranked if m in repeated]:

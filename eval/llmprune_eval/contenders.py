@@ -10,6 +10,8 @@ from llmprune.errors import InputError
 from llmprune.recipe import Method, Recipe
 
 SEQUENTIAL: Method = "sequential_attention"
+# Of the logits in controls and ablations: the default when they were measured (decision 0017).
+RATE = 0.05
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ def _gates(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def _ablation(label: str, **changes: Any) -> Contender:
-    return Contender(f"SA++: {label}", _gates(**changes), is_control=True, is_ablation=True)
+    """A change to gates whose logits learn at RATE: `faster_gates` is what it is to be held against."""
+    settings = {"learning_rate": RATE, **changes}
+    return Contender(f"SA++: {label}", _gates(**settings), is_control=True, is_ablation=True)
 
 
 def _whole_layers(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -64,17 +68,19 @@ CONTENDERS: Mapping[str, Contender] = {
     "omp": Contender("group OMP, backward", _named("omp")),
     "gradual_magnitude": Contender(
         "control: gradual magnitude, weights train",
-        _gates(variant="magnitude", train="all", prior="none", curve="gradual"),
+        _gates(
+            variant="magnitude", train="all", prior="none", curve="gradual", learning_rate=RATE
+        ),
         is_control=True,
     ),
     "gradual": Contender(
-        "control: SA++ with the gradual phase",
-        _gates(curve="gradual"),
+        f"control: SA++ with the gradual phase, logits at {RATE}",
+        _gates(curve="gradual", learning_rate=RATE),
         is_control=True,
     ),
     "prior_alone": Contender(
         "control: SA++'s prior, no training",
-        _gates(steps=0),
+        _gates(steps=0, learning_rate=RATE),
         is_control=True,
     ),
     "as_published": Contender(
@@ -84,6 +90,7 @@ CONTENDERS: Mapping[str, Contender] = {
             curve="gradual",
             prior="none",
             loss="next_token",
+            learning_rate=RATE,
             dense=0.3,
             sparsify=0.4,
             sparse=0.3,
@@ -94,6 +101,8 @@ CONTENDERS: Mapping[str, Contender] = {
     "soft": _ablation("temperature up to 4, gates still soft at the end", temperature=(1.0, 4.0)),
     "larger_batches": _ablation("half the steps, twice the rows in each", steps=20, batch_size=4),
     "no_prior": _ablation("no prior", prior="none"),
+    "faster_gates": _ablation(f"logits at {RATE}"),
+    "lora_along": _ablation("weights learn along by LoRA", train="lora"),
     "activation_prior": _ablation("prior from activations", prior="activation"),
     "integrated_prior": _ablation("prior from integrated gradients", prior="integrated"),
     "integrated_alone": _ablation(
