@@ -72,13 +72,16 @@ class Calibration(TextSource):
     """The token rows that gates and weights are trained on: (num_rows, row_length) tokens.
 
     `self_generated` is the share of the rows that the dense model writes itself, mixed among those
-    of the data set: they hold on to what the text does not speak of.
+    of the data set: they hold on to what the text does not speak of. `self_generated_as` is what it
+    writes: `text` from nothing, `conversations` (both sides, in the tokenizer's chat template), or
+    `both` in turn.
     """
 
     dataset: str = "builtin:python-reference"
     num_rows: Positive = 128
     row_length: Annotated[int, Field(ge=8)] = 256
     self_generated: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    self_generated_as: Literal["text", "conversations", "both"] = "text"
 
 
 class KindRule(Part):

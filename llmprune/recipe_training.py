@@ -28,8 +28,8 @@ class GateTraining(Part):
     `prior` is the importance whose logarithm the logits start from, on `prior_rows` rows: `fisher`
     (the diagonal of the gates' Fisher information), `integrated` (gradients along a path on which
     all gates close together), `activation` (activations and weights), `omp` (backward matching).
-    `learning_rate` is the logits': without it 0.02 where `capped` gates on units start from a prior,
-    which few rows should not overrule, and 0.05 elsewhere (docs/decisions/0017).
+    `learning_rate` is the logits': without it 0.02 where `capped` gates on units start from a
+    prior, which few rows should not overrule, and 0.05 elsewhere (docs/decisions/0017).
     `train` says what learns along with the logits. `dense`, `sparsify`, `sparse` are the shares of
     the steps in the phases of one cycle; `cycles` repeats it (the last sparse phase is the end).
     """

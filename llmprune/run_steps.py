@@ -15,7 +15,7 @@ from llmprune.compensation import UnitMeans
 from llmprune.recipe import Recipe
 from llmprune.run_folder import RunFolder
 from llmprune.scoring import unit_means
-from llmprune.self_generated import sample_rows, self_generated_set
+from llmprune.self_generated import row_starts, sample_rows, self_generated_set
 from llmprune.sources import LoadedModel
 from llmprune.texts import corpus_of, num_self_generated, read_texts, resolve_text, text_name
 from llmprune.units import UnitMap
@@ -106,6 +106,7 @@ def _own_rows(
     num_rows: int, recipe: Recipe, dense: LoadedModel, folder: RunFolder, watch: Watch
 ) -> CalibrationSet:
     """Rows that the dense model writes, sampled once a run."""
+    starts = row_starts(recipe.calibration.self_generated_as, dense.model, dense.tokenizer)
 
     def sample() -> Tensor:
         with watch.accelerator.autocast():
@@ -114,6 +115,7 @@ def _own_rows(
                 num_rows=num_rows,
                 row_length=recipe.calibration.row_length,
                 seed=recipe.seed,
+                starts=starts,
                 on_token=partial(watch.on_progress, "calibration text"),
             )
 

@@ -119,7 +119,13 @@ def calibration_name(calibration: Calibration) -> str:
     share = calibration.self_generated
     if share is None or calibration.dataset == SELF_GENERATED:
         return name
-    return f"{name} ({share:.0%} of the rows self-generated)"
+    kind = {
+        "text": "",
+        "conversations": ", as conversations",
+        "both": ", half of them conversations",
+    }
+    said = kind[calibration.self_generated_as]
+    return f"{name} ({share:.0%} of the rows self-generated{said})"
 
 
 def corpus_of(text: TextSource) -> str:

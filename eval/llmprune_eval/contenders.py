@@ -40,7 +40,7 @@ def _gates(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def _ablation(label: str, **changes: Any) -> Contender:
-    """A change to gates whose logits learn at RATE: `faster_gates` is what it is to be held against."""
+    """A change to gates whose logits learn at RATE: to be held against `faster_gates`."""
     settings = {"learning_rate": RATE, **changes}
     return Contender(f"SA++: {label}", _gates(**settings), is_control=True, is_ablation=True)
 
@@ -68,9 +68,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "omp": Contender("group OMP, backward", _named("omp")),
     "gradual_magnitude": Contender(
         "control: gradual magnitude, weights train",
-        _gates(
-            variant="magnitude", train="all", prior="none", curve="gradual", learning_rate=RATE
-        ),
+        _gates(variant="magnitude", train="all", prior="none", curve="gradual", learning_rate=RATE),
         is_control=True,
     ),
     "gradual": Contender(

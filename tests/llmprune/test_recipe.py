@@ -137,3 +137,31 @@ def test_the_budgets_curve_follows_the_variant_unless_it_is_named(gates, curve):
     )
     assert recipe.gates.curve == curve
     assert Recipe.parse(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("gates", "rate"),
+    [
+        ({}, 0.02),
+        ({"prior": "activation"}, 0.02),
+        ({"prior": "none"}, 0.05),
+        ({"prior": "none", "learning_rate": 0.02}, 0.02),
+        ({"learning_rate": 0.1}, 0.1),
+        ({"variant": "plus_plus", "dense": 0.5, "sparsify": 0.5}, 0.05),
+    ],
+)
+def test_logits_learn_slower_where_they_start_from_a_prior(gates, rate):
+    recipe = {"model": {"source": "a/b"}, "prune": {"mlp_channels": {"sparsity": 0.5}}}
+    if not gates:
+        assert Recipe.parse(recipe).gates.learning_rate == rate
+    assert Recipe.parse(recipe | {"gates": gates}).gates.learning_rate == rate
+
+
+@pytest.mark.parametrize(("gates", "rate"), [({}, 0.05), ({"learning_rate": 0.01}, 0.01)])
+def test_logits_of_blocks_learn_at_their_own_rate(gates, rate):
+    recipe = {"model": {"source": "a/b"}, "prune": {"weight_blocks": {"sparsity": 0.5}}}
+    assert Recipe.parse(recipe | {"gates": gates}).gates.learning_rate == rate
+    if not gates:
+        found = Recipe.parse(recipe)
+        assert found.gates.learning_rate == rate
+        assert Recipe.parse(found.model_dump(mode="json")) == found

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from llmprune.accelerator import start_accelerator
 from llmprune.calibration import CalibrationSet
@@ -12,7 +14,13 @@ from llmprune.errors import InputError
 from llmprune.recipe import Recipe
 from llmprune.run_folder import RunFolder
 from llmprune.run_steps import Watch, read_calibration, silent
-from llmprune.self_generated import CORPUS, sample_rows, self_generated_set
+from llmprune.self_generated import (
+    CORPUS,
+    conversation_start,
+    row_starts,
+    sample_rows,
+    self_generated_set,
+)
 from llmprune.sources import load_dense
 from llmprune.texts import calibration_name, num_self_generated
 
@@ -67,6 +75,64 @@ def test_an_end_of_text_token_does_not_end_a_row(model):
     assert any(len(rows[row, column + 1 :].unique()) > 1 for row, column in early.tolist())
 
 
+def test_rows_begin_with_the_starts_in_turn(model):
+    steps = []
+    rows = sample_rows(
+        model,
+        num_rows=5,
+        row_length=9,
+        seed=0,
+        starts=[[1], [7, 8, 9]],
+        on_token=lambda done, total: steps.append((done, total)),
+    )
+    assert rows.shape == (5, 9)
+    assert [row[:3] == [7, 8, 9] for row in rows.tolist()] == [False, True, False, True, False]
+    assert all(row[0] == 1 for row in rows[::2].tolist())
+    # one batch for each start: 8 steps and 6
+    assert steps == [(done, 14) for done in range(1, 15)]
+    # what a row says follows what it begins with
+    alone = sample_rows(model, num_rows=3, row_length=9, seed=0, starts=[[1]])
+    assert torch.equal(rows[::2], alone)
+
+
+def test_rows_have_room_behind_what_they_begin_with(model):
+    with pytest.raises(InputError, match=r"row_length must be above the 8 tokens .* got 8"):
+        sample_rows(model, num_rows=1, row_length=8, seed=0, starts=[list(range(8))])
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' [end] ' }}{% endfor %}"
+)
+
+
+def chat_tokenizer(template):
+    words = ["<unk>", "[user]", "[end]", "WORDS", "[system]", "polite"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_conversation_begins_with_the_template_up_to_the_users_words(model):
+    tokenizer = chat_tokenizer("{{ '[system] polite [end] ' }}" + TEMPLATE)
+    assert conversation_start(tokenizer) == [4, 5, 2, 1]
+    first = model.config.bos_token_id
+    assert row_starts("text", model, tokenizer) == [[first]]
+    assert row_starts("both", model, tokenizer) == [[first], [4, 5, 2, 1]]
+    assert row_starts("conversations", model, tokenizer) == [[4, 5, 2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [(None, "this one has none"), ("{{ '[user]' }}", "before the words of a user")],
+)
+def test_conversations_need_a_template_that_repeats_the_user(model, template, message):
+    with pytest.raises(InputError, match=message):
+        row_starts("both", model, chat_tokenizer(template))
+    assert row_starts("text", model, chat_tokenizer(template))
+
+
 def test_a_model_without_a_first_token_is_refused():
     model = tiny.tiny_model("llama", layers=1, dtype=torch.float32)
     model.config.bos_token_id = model.config.eos_token_id = None
@@ -114,6 +180,11 @@ def calibration(**changes):
     [
         ({}, 0, "text.txt"),
         ({"self_generated": 0.25}, 2, "text.txt (25% of the rows self-generated)"),
+        (
+            {"self_generated": 0.5, "self_generated_as": "both"},
+            4,
+            "text.txt (50% of the rows self-generated, half of them conversations)",
+        ),
         ({"self_generated": 0.01}, 0, "text.txt (1% of the rows self-generated)"),
         ({"dataset": "builtin:self-generated"}, 8, "self-generated/train"),
         ({"dataset": "builtin:self-generated", "self_generated": 0.5}, 8, "self-generated/train"),
@@ -150,7 +221,8 @@ def test_both_kinds_of_row_are_mixed_by_the_seed():
     assert not torch.equal(mixed.rows, other.rows)
 
 
-def test_a_run_keeps_its_own_rows_and_reads_the_others(tiny_folder, tmp_path):
+@pytest.mark.parametrize("kind", ["text", "both"])
+def test_a_run_keeps_its_own_rows_and_reads_the_others(tiny_folder, tmp_path, kind):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat " * 40)
     recipe = Recipe.parse(
@@ -162,15 +234,20 @@ def test_a_run_keeps_its_own_rows_and_reads_the_others(tiny_folder, tmp_path):
                 "num_rows": 8,
                 "row_length": 8,
                 "self_generated": 0.25,
+                "self_generated_as": kind,
             },
         }
     )
     dense = load_dense(recipe.model)
+    dense.tokenizer.chat_template = TEMPLATE
+    start = dense.tokenizer("[user] ", add_special_tokens=False).input_ids
     run = RunFolder.begin(tmp_path / "run", recipe, resume=False)
     watch = Watch(start_accelerator(recipe.training, 0), silent)
     rows = read_calibration(recipe, dense, run, watch)
     own = load_file(run.file("calibration.safetensors"))["rows"]
     assert own.shape == (2, 8)
+    begins = [row[: len(start)] == start for row in own.tolist()]
+    assert begins == [False, kind == "both"]
     ours = [row for row in rows.rows.tolist() if row in own.tolist()]
     assert (len(rows.rows), len(ours)) == (8, 2)
     assert rows.corpus == "text"

@@ -118,7 +118,7 @@ def test_the_log_has_loss_budget_temperature_and_rates_without_any_tracker(recip
     heat = [row["temperature"] for row in gates]
     assert heat == sorted(heat)
     assert heat[-1] == pytest.approx(30.0)
-    assert {row["logits_learning_rate"] for row in gates} == {0.05}
+    assert {row["logits_learning_rate"] for row in gates} == {0.02}
     # the step's own gates: soft at first, decided at last, and always what the budget allows
     assert all(row["mlp_channels_mean"] == pytest.approx(0.5, abs=1e-3) for row in gates)
     decided = [row["mlp_channels_open"] + row["mlp_channels_closed"] for row in gates]
