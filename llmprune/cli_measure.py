@@ -128,7 +128,7 @@ def compare(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes, a block of the table each.")],
     out: Annotated[Path, typer.Option(help="Folder of results; what it holds is not redone.")],
     methods: Annotated[str, typer.Option(help="all, or names with commas.")] = "all",
-    seeds: Annotated[int, typer.Option(help="Seeds of SA++ and the two best baselines.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Of SA++, the two best baselines and controls.")] = 1,
     refit: Annotated[str, typer.Option(help="Who is refitted: all, best:N, none.")] = "all",
     recover: Annotated[str, typer.Option(help="Who is trained then: all, best:N, none.")] = "none",
     max_windows: Annotated[
