@@ -73,15 +73,15 @@ class Calibration(TextSource):
 
     `self_generated` is the share of the rows that the dense model writes itself, mixed among those
     of the data set: they hold on to what the text does not speak of. `self_generated_as` is what it
-    writes: `text` from nothing, `conversations` (both sides, in the tokenizer's chat template), or
-    `both` in turn.
+    writes: `text` from nothing (as without it), `conversations` (both sides, in the tokenizer's
+    chat template), or `both` in turn.
     """
 
     dataset: str = "builtin:python-reference"
     num_rows: Positive = 128
     row_length: Annotated[int, Field(ge=8)] = 256
     self_generated: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    self_generated_as: Literal["text", "conversations", "both"] = "text"
+    self_generated_as: Literal["text", "conversations", "both"] | None = None
 
 
 class KindRule(Part):

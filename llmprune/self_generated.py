@@ -129,7 +129,7 @@ def _continued(
 
 
 def row_starts(
-    kind: Literal["text", "conversations", "both"],
+    kind: Literal["text", "conversations", "both"] | None,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[int]]:
@@ -140,7 +140,7 @@ def row_starts(
             such rows are asked for.
     """
     starts = []
-    if kind in ("text", "both"):
+    if kind in (None, "text", "both"):
         starts.append([_first_token(model)])
     if kind in ("conversations", "both"):
         starts.append(conversation_start(tokenizer))

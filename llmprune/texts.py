@@ -124,7 +124,7 @@ def calibration_name(calibration: Calibration) -> str:
         "conversations": ", as conversations",
         "both": ", half of them conversations",
     }
-    said = kind[calibration.self_generated_as]
+    said = kind[calibration.self_generated_as or "text"]
     return f"{name} ({share:.0%} of the rows self-generated{said})"
 
 

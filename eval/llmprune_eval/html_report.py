@@ -216,7 +216,7 @@ def run_facts(run: RunRecord) -> list[tuple[str, str]]:
         rows.append(("taken from", run.report.origin))
     rows_of = recipe.calibration
     own = f", {rows_of.self_generated:.0%} self-generated" if rows_of.self_generated else ""
-    if own and rows_of.self_generated_as != "text":
+    if own and rows_of.self_generated_as not in (None, "text"):
         own += f" ({rows_of.self_generated_as})"
     rows.append(
         (

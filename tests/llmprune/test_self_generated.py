@@ -118,7 +118,7 @@ def test_a_conversation_begins_with_the_template_up_to_the_users_words(model):
     tokenizer = chat_tokenizer("{{ '[system] polite [end] ' }}" + TEMPLATE)
     assert conversation_start(tokenizer) == [4, 5, 2, 1]
     first = model.config.bos_token_id
-    assert row_starts("text", model, tokenizer) == [[first]]
+    assert row_starts("text", model, tokenizer) == row_starts(None, model, tokenizer) == [[first]]
     assert row_starts("both", model, tokenizer) == [[first], [4, 5, 2, 1]]
     assert row_starts("conversations", model, tokenizer) == [[4, 5, 2, 1]]
 
