@@ -30,8 +30,8 @@ CORPUS = "self-generated"
 # Rows sampled at once: decoding costs little more for many rows than for one.
 ROWS_AT_ONCE = 128
 
-# stands where a user's words would
-_WORDS = "WORDS"
+# stands where a user's words would, and in no template
+_WORDS = "(words of a user)"
 
 # tokens done, of how many
 OnToken = Callable[[int, int], None]
@@ -76,7 +76,8 @@ def sample_rows(
     batches: list[Tensor] = []
     for index, start in enumerate(starts):
         count = len(range(index, num_rows, len(starts)))
-        batches += torch.tensor([start] * count, device=model.device).split(ROWS_AT_ONCE)
+        prompts = torch.tensor(start, device=model.device).expand(count, -1)
+        batches += prompts.split(ROWS_AT_ONCE) if count else ()
     total = sum(row_length - prompt.shape[1] for prompt in batches)
     done = 0
 

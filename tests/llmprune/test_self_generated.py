@@ -95,6 +95,12 @@ def test_rows_begin_with_the_starts_in_turn(model):
     assert torch.equal(rows[::2], alone)
 
 
+def test_there_may_be_fewer_rows_than_starts(model):
+    rows = sample_rows(model, num_rows=1, row_length=9, seed=0, starts=[[1], [7, 8, 9]])
+    assert rows.shape == (1, 9)
+    assert rows[0, 0] == 1
+
+
 def test_rows_have_room_behind_what_they_begin_with(model):
     with pytest.raises(InputError, match=r"row_length must be above the 8 tokens .* got 8"):
         sample_rows(model, num_rows=1, row_length=8, seed=0, starts=[list(range(8))])
