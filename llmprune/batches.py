@@ -59,20 +59,36 @@ class Batches:
     ) -> float:
         """One optimizer step on the global batch of `step`; returns its mean loss."""
         optimizer.zero_grad(set_to_none=True)
-        rows = self.calibration_set.batch(step, self.batch_size)
-        first = self.accelerator.process_index * self.local_size
-        mine = rows[first : first + self.local_size].to(self.accelerator.device)
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for micro in mine.split(self.micro_size):
+        for micro in self._micro_batches(step):
             before_each()
             with self.accelerator.autocast():
                 loss = loss_of(micro) * (len(micro) / self.batch_size)
             self.accelerator.backward(loss)
             total += loss.detach().double()
         self._sum_over_processes(optimizer)
+        optimizer.step()
+        return self._over_processes(total)
+
+    @torch.no_grad()
+    def mean_loss(self, step: int, loss_of: Callable[[Tensor], Tensor]) -> float:
+        """The mean loss of the global batch of `step`; nothing is changed."""
+        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        for micro in self._micro_batches(step):
+            with self.accelerator.autocast():
+                total += loss_of(micro).double() * (len(micro) / self.batch_size)
+        return self._over_processes(total)
+
+    def _micro_batches(self, step: int) -> tuple[Tensor, ...]:
+        """What this process has of the global batch, a micro-batch at a time."""
+        rows = self.calibration_set.batch(step, self.batch_size)
+        first = self.accelerator.process_index * self.local_size
+        mine = rows[first : first + self.local_size].to(self.accelerator.device)
+        return mine.split(self.micro_size)
+
+    def _over_processes(self, total: Tensor) -> float:
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(total.float(), "sum")
-        optimizer.step()
         return float(total)
 
     def _sum_over_processes(self, optimizer: torch.optim.Optimizer) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0.0)]
 Prior = Literal["fisher", "integrated", "activation", "omp", "none"]
 
 
@@ -28,8 +29,9 @@ class GateTraining(Part):
     `prior` is the importance whose logarithm the logits start from, on `prior_rows` rows: `fisher`
     (the diagonal of the gates' Fisher information), `integrated` (gradients along a path on which
     all gates close together), `activation` (activations and weights), `omp` (backward matching).
-    `learning_rate` is the logits': without it 0.02 where `capped` gates on units start from a
-    prior, which few rows should not overrule, and 0.05 elsewhere (docs/decisions/0017).
+    `learning_rate` is the logits': without it 0.05, but `auto` where `capped` gates on units start
+    from a prior, which few rows should overrule the less the less its own choice loses: the loss at
+    the first step times 0.05 (nats a token), within 0.02 and 0.05 (docs/decisions/0017).
     `train` says what learns along with the logits. `dense`, `sparsify`, `sparse` are the shares of
     the steps in the phases of one cycle; `cycles` repeats it (the last sparse phase is the end).
     """
@@ -43,9 +45,9 @@ class GateTraining(Part):
     steps: Annotated[int, Field(ge=0)] = 60
     batch_size: Positive = 2
     micro_batch_size: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
+    learning_rate: Rate | Literal["auto"] = 0.05
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    weights_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    weights_learning_rate: Rate = 1e-4
     lora_rank: Positive = 8
     dense: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     sparsify: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
@@ -58,7 +60,7 @@ class GateTraining(Part):
     @classmethod
     def _what_suits_the_variant(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("variant", "capped") == "capped":
-            rate = {} if data.get("prior", "fisher") == "none" else {"learning_rate": 0.02}
+            rate = {} if data.get("prior", "fisher") == "none" else {"learning_rate": "auto"}
             return {"curve": "at_once", **rate, **data}
         return data
 
@@ -76,6 +78,11 @@ class GateTraining(Part):
             raise ValueError(
                 f"variant: magnitude needs train: all, got {self.train}: with fixed weights it is "
                 "method: magnitude"
+            )
+        if self.learning_rate == "auto" and (self.variant != "capped" or self.prior == "none"):
+            raise ValueError(
+                f"learning_rate: auto needs variant: capped and a prior, got {self.variant} and "
+                f"prior: {self.prior}: what the prior's choice loses sets it; give a number"
             )
         if self.seeds > 1 and (self.train != "gates" or self.variant != "capped"):
             raise ValueError(
@@ -105,7 +112,7 @@ class Recovery(Part):
     steps: Annotated[int, Field(ge=0)] = 0
     batch_size: Positive = 2
     micro_batch_size: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    learning_rate: Rate = 1e-4
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     lora_rank: Positive = 8
 

@@ -1,8 +1,9 @@
-"""Least-squares refit of the projections that write to the residual stream, after the cut.
+"""Least-squares refit, after the cut, of the projections that write to the residual stream.
 
 Layer by layer, on the pruned model's own activations: the weights of a write projection (o_proj,
 down_proj) are moved to where the residual stream after it is nearest to what the dense layer would
 have made of the same stream. A layer that is gone altogether is part of the next one's target.
+Where hidden channels go, what reads the stream is refitted before (`llmprune.hidden_refit`).
 Ridge regression towards the cut weights, normal equations summed in float64: the refit that group
 OMP does after every choice (arXiv 2209.14881).
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmprune.hidden_refit import sides_of
 from llmprune.plan import PrunePlan
 from llmprune.streams import Streams
 from llmprune.units import Branch, UnitMap
@@ -41,7 +43,7 @@ def reconstruct(
     ridge: float = 1e-3,
     on_layer: OnLayer = lambda done, total: None,
 ) -> None:
-    """Refit every write projection of the pruned model, in place.
+    """Refit every write projection of the pruned model, in place; readers of a cut stream, too.
 
     Args:
         pruned: What `cut(dense, plan)` gave.
@@ -54,13 +56,17 @@ def reconstruct(
         on_layer: Called after every layer of the dense model.
     """
     architecture = unit_map.architecture
+    # before the cut model's rows begin: it may change the embedding
+    sides = sides_of(pruned, dense, unit_map, plan, batches, ridge)
     dense_streams = Streams(dense, architecture.layers, batches)
     pruned_streams = Streams(pruned, architecture.layers, batches)
+    sides.begin(pruned_streams)
+    dense_streams.values = sides.filled(pruned_streams.values)
     # a stock class that stands in for the family has the family's module names
-    hidden = _HiddenChannels(unit_map, plan, dense)
     widths = plan.widths(unit_map)
     position = 0
     for index, counts in enumerate(widths.layers):
+        sides.advance(index)
         after_attention, after_layer = dense_streams.advance_dense(
             index, architecture.attention.write
         )
@@ -74,35 +80,14 @@ def reconstruct(
                 if not getattr(counts, branch):
                     continue
                 sublayer = getattr(architecture, branch)
+                sides.refit_reads(layer, index, branch)
                 write = layer.get_submodule(sublayer.write)
                 read = pruned_streams.read(layer, position, branch, sublayer, write)
-                wanted = [hidden.narrow(stream) for stream in streams]
-                _refit(write, read, pruned_streams.values, wanted, ridge)
+                _refit(write, read, pruned_streams.values, sides.wanted(streams), ridge)
                 pruned_streams.add([write(value) for value in read])
             position += 1
-            dense_streams.values = [hidden.widen(stream) for stream in pruned_streams.values]
+            dense_streams.values = sides.filled(pruned_streams.values)
         on_layer(index + 1, unit_map.num_layers)
-
-
-class _HiddenChannels:
-    """Between the dense residual stream and the cut one: (..., hidden_size) <-> (..., kept)."""
-
-    def __init__(self, unit_map: UnitMap, plan: PrunePlan, dense: PreTrainedModel) -> None:
-        device = dense.device
-        self.dtype = dense.dtype
-        self.hidden_size = unit_map.dense.hidden_size
-        self.kept = torch.tensor(plan.kept_in(unit_map.groups["hidden_channels"]), device=device)
-        self.scale = torch.tensor(plan.scale.get("hidden_channels", (1.0,)), device=device)
-
-    def narrow(self, stream: Tensor) -> Tensor:
-        """The kept channels, scaled as the cut scales them."""
-        return stream[..., self.kept] * self.scale.to(stream)
-
-    def widen(self, stream: Tensor) -> Tensor:
-        """Zeros where channels are gone: what the gated dense model carries."""
-        wide = stream.new_zeros(*stream.shape[:-1], self.hidden_size, dtype=self.dtype)
-        wide[..., self.kept] = (stream / self.scale.to(stream)).to(self.dtype)
-        return wide
 
 
 def _refit(

@@ -86,20 +86,38 @@ def _sliced_parameters(
 ) -> Iterator[tuple[str, Tensor]]:
     values = dict(model.named_parameters())
     position = {old: new for new, old in enumerate(_kept_layers(widths))}
-    kept_layers = {index: plan.kept_layer(unit_map, index) for index in position}
-    hidden = plan.kept_in(unit_map.groups["hidden_channels"])
-    factors = _Factors(unit_map, plan, widths)
+    slices = CutSlices(unit_map, plan)
     for parameter in unit_map.parameters:
         if unit_map.shape_under(parameter, widths) is None:
             continue
-        layer = None if parameter.layer is None else kept_layers[parameter.layer]
-        value = values[parameter.name].detach()
+        value = slices.of(parameter, values[parameter.name].detach())
+        yield _renamed(unit_map, parameter, position), value.contiguous().clone()
+
+
+class CutSlices:
+    """Parameters of the dense model on what a plan keeps, times the factors that it folds in.
+
+    With `whole_hidden` the axis of hidden channels stays whole: for what reads the residual stream.
+    """
+
+    def __init__(self, unit_map: UnitMap, plan: PrunePlan, *, whole_hidden: bool = False) -> None:
+        self.unit_map = unit_map
+        self.plan = plan
+        self.factors = _Factors(unit_map, plan, plan.widths(unit_map))
+        group = unit_map.groups["hidden_channels"]
+        self.hidden = tuple(range(group.num_units)) if whole_hidden else plan.kept_in(group)
+
+    def of(self, parameter: ParameterAxes, value: Tensor) -> Tensor:
+        """A parameter of a layer that stays, or of none, given its value in the dense model."""
+        unit_map = self.unit_map
+        layer = None
+        if parameter.layer is not None:
+            layer = self.plan.kept_layer(unit_map, parameter.layer)
         for dim, axis in enumerate(parameter.axes):
-            index = _axis_index(unit_map, parameter, axis, layer, hidden)
+            index = _axis_index(unit_map, parameter, axis, layer, self.hidden)
             if index is not None and len(index) < value.shape[dim]:
                 value = value.index_select(dim, index.to(value.device))
-        value = factors.apply(parameter, value)
-        yield _renamed(unit_map, parameter, position), value.contiguous().clone()
+        return self.factors.apply(parameter, value)
 
 
 def _biases(

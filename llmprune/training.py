@@ -56,6 +56,9 @@ class TrainableGates(Protocol):
 STATE_FORMAT = "llmprune-gate-state/1"
 # The 95th percentile of a null of this size is known within two or three percent of itself.
 AGREEMENT_SHUFFLES = 200
+# `learning_rate: auto` (docs/decisions/0017): per nat a token that the start loses, and its limits.
+RATE_PER_NAT = 0.05
+AUTO_RATES = (0.02, 0.05)
 
 
 def train_gates(
@@ -137,6 +140,14 @@ def _train_engine(
     batches = Batches(run.accelerator, calibration_set, settings, recipe.training)
     loss_of_rows = loss_of(settings.loss, model, run.teacher)
     values: dict[str, Tensor] = {}
+    if settings.learning_rate == "auto" and not first and num_steps:
+        whole = 0.0
+        if settings.loss != "distillation":
+            with gates.opened():
+                whole = batches.mean_loss(0, loss_of_rows)
+        with torch.no_grad():
+            gates.set(_unpooled(engine.gates(0), pools, gates))
+        optimizer.param_groups[0]["lr"] = rate_for(batches.mean_loss(0, loss_of_rows) - whole)
     with checkpointing(model, recipe.training):
         for step in range(first, num_steps):
             if engine.schedule.at(step).begins_phase:
@@ -160,6 +171,16 @@ def _train_engine(
             figures = {"loss": loss, **engine.settings_at(step), **rates_of(optimizer)}
             run.on_step(done, num_steps, {**figures, **gate_figures(values)})
     return engine
+
+
+def rate_for(lost: float) -> float:
+    """The logits' learning rate under `learning_rate: auto`.
+
+    Args:
+        lost: What the gates that the prior gives lose at the first step, nats a token.
+    """
+    least, most = AUTO_RATES
+    return min(most, max(least, RATE_PER_NAT * lost))
 
 
 def _agreement(engines: list[SequentialAttention], starts: list[Tensor] | None) -> dict[str, float]:
@@ -241,7 +262,9 @@ class GateRun:
         for index, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value).detach().cpu()
+        rate = optimizer.param_groups[0]["lr"]
         note = {"format": STATE_FORMAT, "step": str(step), "identity": self.identity}
+        note["logits_learning_rate"] = repr(rate)
         save_tensors(tensors, self.state_file, note)
 
 
@@ -251,7 +274,8 @@ def _gate_optimizer(
     groups: list[dict[str, Any]] = [
         {
             "params": list(engine.logits),
-            "lr": settings.learning_rate,
+            # "auto" is known when the first batch has been looked at
+            "lr": AUTO_RATES[0] if settings.learning_rate == "auto" else settings.learning_rate,
             "weight_decay": settings.weight_decay,
             "name": "logits",
         }
@@ -294,6 +318,9 @@ def _resume(
         index, _, key = name.partition(".")
         state["state"].setdefault(int(index), {})[key] = value
     optimizer.load_state_dict(state)
+    # states of before `auto` have none, and a number in their recipe
+    known = note.get("logits_learning_rate", optimizer.param_groups[0]["lr"])
+    optimizer.param_groups[0]["lr"] = float(known)
     return int(note["step"])
 
 

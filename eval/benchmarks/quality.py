@@ -26,10 +26,13 @@ from llmprune_eval.contenders import CONTENDERS
 SUITE = Path(__file__).parents[1] / "suites" / "quality-smollm2-135m"
 RESULTS = Path(__file__).parents[1] / "results"
 NAME = "quality-smollm2-135m"
-# Of the controls these two stand in every block, and all in the main block.
-GRADUAL, FASTER = "gradual", "faster_gates"
-METHODS = [n for n, one in CONTENDERS.items() if not one.is_control or n in (GRADUAL, FASTER)]
-EVERYONE = [n for n, one in CONTENDERS.items() if not one.is_ablation or n == FASTER]
+# Of the controls this one stands in every block, and all in the main block.
+GRADUAL = "gradual"
+# Both ends of the logits' rates stand there, too: `learning_rate: auto` lies between them.
+FASTER, SLOWER = "faster_gates", "slower_gates"
+OF_US = (GRADUAL, FASTER, SLOWER)
+METHODS = [name for name, one in CONTENDERS.items() if not one.is_control or name in OF_US]
+EVERYONE = [name for name, one in CONTENDERS.items() if not one.is_ablation or name in OF_US]
 ABLATIONS = ["sequential_attention", "gradual", "prior_alone"]
 ABLATIONS += [name for name, one in CONTENDERS.items() if one.is_ablation]
 

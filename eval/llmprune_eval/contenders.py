@@ -10,8 +10,9 @@ from llmprune.errors import InputError
 from llmprune.recipe import Method, Recipe
 
 SEQUENTIAL: Method = "sequential_attention"
-# Of the logits in controls and ablations: the default when they were measured (decision 0017).
-RATE = 0.05
+# Of the logits in controls and ablations: the default when they were measured; and the other end of
+# what `learning_rate: auto` gives (decision 0017).
+RATE, SLOWER_RATE = 0.05, 0.02
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "larger_batches": _ablation("half the steps, twice the rows in each", steps=20, batch_size=4),
     "no_prior": _ablation("no prior", prior="none"),
     "faster_gates": _ablation(f"logits at {RATE}"),
+    "slower_gates": _ablation(f"logits at {SLOWER_RATE}", learning_rate=SLOWER_RATE),
     "lora_along": _ablation("weights learn along by LoRA", train="lora"),
     "activation_prior": _ablation("prior from activations", prior="activation"),
     "integrated_prior": _ablation("prior from integrated gradients", prior="integrated"),

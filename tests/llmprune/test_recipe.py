@@ -142,19 +142,31 @@ def test_the_budgets_curve_follows_the_variant_unless_it_is_named(gates, curve):
 @pytest.mark.parametrize(
     ("gates", "rate"),
     [
-        ({}, 0.02),
-        ({"prior": "activation"}, 0.02),
+        ({}, "auto"),
+        ({"prior": "activation"}, "auto"),
+        ({"curve": "gradual"}, "auto"),
         ({"prior": "none"}, 0.05),
         ({"prior": "none", "learning_rate": 0.02}, 0.02),
         ({"learning_rate": 0.1}, 0.1),
         ({"variant": "plus_plus", "dense": 0.5, "sparsify": 0.5}, 0.05),
     ],
 )
-def test_logits_learn_slower_where_they_start_from_a_prior(gates, rate):
+def test_the_rate_of_logits_is_found_where_they_start_from_a_prior(gates, rate):
     recipe = {"model": {"source": "a/b"}, "prune": {"mlp_channels": {"sparsity": 0.5}}}
     if not gates:
         assert Recipe.parse(recipe).gates.learning_rate == rate
     assert Recipe.parse(recipe | {"gates": gates}).gates.learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    "gates", [{"prior": "none"}, {"variant": "plus_plus", "dense": 0.5, "sparsify": 0.5}]
+)
+def test_a_rate_can_be_found_only_from_a_priors_choice(gates):
+    recipe = {"model": {"source": "a/b"}, "prune": {"mlp_channels": {"sparsity": 0.5}}}
+    with pytest.raises(InputError, match="learning_rate: auto needs variant: capped and a prior"):
+        Recipe.parse(recipe | {"gates": gates | {"learning_rate": "auto"}})
+    with pytest.raises(InputError, match="learning_rate"):
+        Recipe.parse(recipe | {"gates": gates | {"learning_rate": "fast"}})
 
 
 @pytest.mark.parametrize(("gates", "rate"), [({}, 0.05), ({"learning_rate": 0.01}, 0.01)])

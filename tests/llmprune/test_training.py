@@ -25,7 +25,7 @@ from llmprune.selection import choose, pools
 from llmprune.surgery import cut
 from llmprune.targets import targets_of
 from llmprune.trained_weights import TrainedWeights
-from llmprune.training import GateRun, teacher_of, train_gates
+from llmprune.training import GateRun, rate_for, teacher_of, train_gates
 from llmprune.units import map_units
 from tests.llmprune.tiny import FAMILIES, VOCAB, logits, plan_for, tiny_model
 
@@ -74,10 +74,11 @@ class Trained:
         self.weights = TrainedWeights(model, recipe.gates.train, recipe.gates.lora_rank, 0)
         self.gates = attach_gates(model, self.unit_map, kinds)
         self.teacher = teacher_of(frozen or model, self.gates, self.weights)
-        self.losses = []
+        self.losses, self.rates = [], []
 
         def on_step(step, steps, figures):
             self.losses.append(figures["loss"])
+            self.rates.append(figures["logits_learning_rate"])
             if step == stop_after:
                 raise KeyboardInterrupt
 
@@ -229,6 +230,54 @@ def test_the_loss_is_the_mean_over_the_rows_of_the_step(loss):
     if loss == "distillation":
         assert hard.losses[0] == pytest.approx(float(divergence) / rows.numel(), rel=1e-4)
     assert hard.losses[0] > trained.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("lost", "rate"), [(-0.1, 0.02), (0.4, 0.02), (0.6, 0.03), (0.8, 0.04), (1.0, 0.05), (9, 0.05)]
+)
+def test_the_more_the_start_loses_the_faster_logits_learn(lost, rate):
+    assert rate_for(lost) == pytest.approx(rate)
+
+
+@pytest.fixture
+def wide_rates(monkeypatch):
+    """Rates between the limits: what a tiny model loses is little."""
+    monkeypatch.setattr("llmprune.training.AUTO_RATES", (0.0, 100.0))
+    monkeypatch.setattr("llmprune.training.RATE_PER_NAT", 0.5)
+
+
+@pytest.mark.parametrize("loss", ["distillation", "next_token"])
+def test_the_rate_is_found_from_what_the_start_loses(loss, wide_rates):
+    model = tiny_model("llama").float()
+    rows = calibration().rows[:4]
+    whole = 0.0
+    if loss == "next_token":
+        dense = model(rows).logits[:, :-1].detach()
+        whole = float(nn.functional.cross_entropy(dense.flatten(0, 1), rows[:, 1:].flatten()))
+    trained = train(model, loss=loss, learning_rate="auto")
+    # gates are there from the first step on, when nothing has been learned yet
+    assert trained.rates[0] == pytest.approx(0.5 * (trained.losses[0] - whole), rel=1e-4)
+    assert trained.losses[0] > whole
+    assert set(trained.rates) == {trained.rates[0]}
+    trained.finish()
+    # and it is the rate that a recipe could have named
+    named = train(tiny_model("llama"), loss=loss, learning_rate=trained.rates[0])
+    assert equal_scores(named.scores, trained.scores)
+    other = train(tiny_model("llama"), loss=loss, learning_rate=2 * trained.rates[0])
+    assert not equal_scores(other.scores, trained.scores)
+
+
+def test_a_resumed_run_keeps_the_rate_that_was_found(tmp_path, wide_rates):
+    recipe = recipe_for(HALF_OF_ALL, training={"save_every": 5}, learning_rate="auto")
+    whole = Trained(tiny_model("llama").float(), recipe)
+    file = tmp_path / "gates.safetensors"
+    model = tiny_model("llama").float()
+    with pytest.raises(KeyboardInterrupt):
+        Trained(model, recipe, state_file=file, stop_after=7)
+    resumed = Trained(tiny_model("llama").float(), recipe, state_file=file)
+    assert resumed.rates == whole.rates[5:]
+    assert resumed.rates[0] > 0
+    assert equal_scores(resumed.scores, whole.scores)
 
 
 @pytest.mark.parametrize("train_what", ["gates", "lora", "all"])
