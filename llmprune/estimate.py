@@ -145,6 +145,10 @@ def _flops(recipe: Recipe, unit_map: UnitMap, dense: Cost, pruned: Cost) -> floa
         widths = layer.intermediate_size**2 + query**2
         normal = 2 * 2 * unit_map.num_layers * widths
         total += rows * row * (dense.flops + 2 * pruned.flops + normal)
+        if "hidden_channels" in recipe.prune.rules():
+            # two more dense passes, and every norm's regression of all channels on those that stay
+            regressions = 3 * unit_map.num_layers * unit_map.dense.hidden_size**2
+            total += rows * row * (2 * dense.flops + 2 * 2 * 2 * regressions)
     for task in recipe.evaluation.perplexity:
         windows = task.max_windows or 600
         total += windows * task.window * (dense.flops + pruned.flops)

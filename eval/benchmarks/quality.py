@@ -56,14 +56,14 @@ class Part:
 
 
 PARTS = {
-    "main": Part("main-25", EVERYONE, Extent(refit="best:5")),
-    "mlp": Part("mlp-25", METHODS, Extent(refit="best:3")),
-    "half": Part("main-50", METHODS, Extent(refit="best:3")),
-    "mixed": Part("mixed-25", METHODS, Extent(refit="best:3")),
-    "mixed-importance": Part("mixed-25-importance", METHODS, Extent(refit="best:3")),
+    "main": Part("main-25", EVERYONE, Extent(refit="best:6")),
+    "mlp": Part("mlp-25", METHODS, Extent(refit="best:4")),
+    "half": Part("main-50", METHODS, Extent(refit="best:4")),
+    "mixed": Part("mixed-25", METHODS, Extent(refit="best:4")),
+    "mixed-importance": Part("mixed-25-importance", METHODS, Extent(refit="best:4")),
     "recovery": Part("main-25", FURTHEST, Extent(refit="best:3", recover="best:3")),
-    "seeds": Part("main-25", EVERYONE, Extent(refit="best:5", recover="best:4", seeds=3)),
-    "c4": Part("main-25-c4", METHODS, Extent(refit="best:3")),
+    "seeds": Part("main-25", EVERYONE, Extent(refit="best:6", recover="best:5", seeds=3)),
+    "c4": Part("main-25-c4", METHODS, Extent(refit="best:4")),
     "ablations": Part("main-25", ABLATIONS, Extent(refit="best:0"), title="main-25-ablations"),
     "c4-next-token": Part(
         "main-25-c4",

@@ -116,7 +116,11 @@ def _table(rows: dict[Case, Found]) -> list[str]:
         times = sorted(one.seconds for one in own if one)
         if not times:
             continue
-        least = [min(v.perplexity.value for v in by_column[c].values()) for c in columns]
+        # nobody is best alone
+        least = [
+            min(v.perplexity.value for v in by_column[c].values()) if len(by_column[c]) > 1 else None
+            for c in columns
+        ]
         cells = []
         for one, best in zip(own, least, strict=True):
             shown = "" if one is None else f"{one.perplexity.value:.2f}"
