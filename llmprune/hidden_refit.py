@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # How often a tied head is fitted on the streams that its last fit gives.
 TIED_ROUNDS = 3
+# Rows of a weight that are taken to float64 at a time: heads have hundreds of thousands.
+OUTPUTS_AT_ONCE = 16384
 
 
 class Sides(Protocol):
@@ -186,7 +188,7 @@ class _CutStream:
         # a tied head has the scale of the embedding
         scale = self.scale.to(head.weight) if is_tied else 1.0
         has_bias = head.bias is not None
-        metric = whole.double().T @ whole.double()
+        metric = sum(part.double().T @ part.double() for part in whole.split(OUTPUTS_AT_ONCE))
 
         def read(offsets: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             had = [
@@ -297,8 +299,10 @@ class _Told:
             whole: The dense weight, cut to the projection's outputs alone, of the same layout.
         """
         is_linear = isinstance(projection, nn.Linear)
-        whole = (whole if is_linear else whole.T).double()
-        change = whole @ self.matrix.T
-        projection.weight += (change if is_linear else change.T).to(projection.weight)
+        weight = projection.weight if is_linear else projection.weight.T
+        parts = (whole if is_linear else whole.T).split(OUTPUTS_AT_ONCE)
+        for part, own in zip(parts, weight.split(OUTPUTS_AT_ONCE), strict=True):
+            own += (part.double() @ self.matrix.T).to(own)
         if self.shift is not None:
-            projection.bias += (whole @ self.shift).to(projection.bias)
+            told = torch.cat([part.double() @ self.shift for part in parts])
+            projection.bias += told.to(projection.bias)

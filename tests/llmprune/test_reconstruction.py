@@ -175,7 +175,9 @@ WRITES = ("o_proj", "down_proj", "c_proj")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_refit_restores_a_model_whose_lost_channels_were_copies_of_kept_ones(family):
+def test_refit_restores_a_model_whose_lost_channels_were_copies_of_kept_ones(family, monkeypatch):
+    # weights have more outputs than go through float64 at once
+    monkeypatch.setattr("llmprune.hidden_refit.OUTPUTS_AT_ONCE", 7)
     dense, unit_map, half = with_copied_channels(family)
     # of every pair another one stays
     kept = tuple(sorted(i if i % 2 else i + half for i in range(half)))
