@@ -118,7 +118,9 @@ def _table(rows: dict[Case, Found]) -> list[str]:
             continue
         # nobody is best alone
         least = [
-            min(v.perplexity.value for v in by_column[c].values()) if len(by_column[c]) > 1 else None
+            min(v.perplexity.value for v in by_column[c].values())
+            if len(by_column[c]) > 1
+            else None
             for c in columns
         ]
         cells = []
