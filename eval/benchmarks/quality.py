@@ -59,7 +59,7 @@ PARTS = {
     "main": Part("main-25", EVERYONE, Extent(refit="best:6")),
     "mlp": Part("mlp-25", METHODS, Extent(refit="best:4")),
     "half": Part("main-50", METHODS, Extent(refit="best:4")),
-    "mixed": Part("mixed-25", METHODS, Extent(refit="best:4")),
+    "mixed": Part("mixed-25", METHODS, Extent(refit="best:4", recover="best:1")),
     "mixed-importance": Part("mixed-25-importance", METHODS, Extent(refit="best:4")),
     "recovery": Part("main-25", FURTHEST, Extent(refit="best:3", recover="best:3")),
     "seeds": Part("main-25", EVERYONE, Extent(refit="best:6", recover="best:5", seeds=3)),
